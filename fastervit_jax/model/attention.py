@@ -1,0 +1,80 @@
+"""Token layers: multi-head attention with a position bias, MLP, layer norm, layer scale, drop path.
+
+Axes: b groups of tokens that attend to each other, t tokens, c channels, h heads, d width of a head.
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+from einops import rearrange
+from jaxtyping import Array, Float
+
+from fastervit_jax.model.position import RelativePositionBias
+from fastervit_jax.ops.attention import window_attention
+
+
+def dense(features: int, *, dtype: Any, name: str | None = None, use_bias: bool = True) -> nn.Dense:
+    """Linear layer with the official initialisation: normal of deviation 0.02, zero bias."""
+    return nn.Dense(features, use_bias=use_bias, dtype=dtype, kernel_init=nn.initializers.normal(0.02), name=name)
+
+
+def layer_norm(epsilon: float, *, dtype: Any, name: str | None = None) -> nn.LayerNorm:
+    """Layer norm over channels with float32 statistics, computed in two passes for accuracy."""
+    return nn.LayerNorm(epsilon, dtype=dtype, use_fast_variance=False, name=name)
+
+
+def drop_path(rate: float, axes: int, train: bool, x: Array) -> Array:
+    """Zero the whole residual branch, and scale what is kept by 1 / (1 - rate), in training.
+
+    The first `axes` axes of `x` are dropped independently: 1 for images, 2 for (image, window).
+    """
+    return nn.Dropout(rate, broadcast_dims=tuple(range(axes, x.ndim)), deterministic=not train)(x)
+
+
+def layer_scale(module: nn.Module, name: str, initial: float | None, width: int) -> Float[Array, "c"] | None:
+    """`module`'s parameter `name`, a learned factor a channel; None without layer scale (`initial` None)."""
+    return None if initial is None else module.param(name, nn.initializers.constant(initial), (width,), jnp.float32)
+
+
+def scaled(x: Float[Array, "... c"], gamma: Float[Array, "c"] | None) -> Float[Array, "... c"]:
+    """x times gamma, in x's dtype; x itself where gamma is None."""
+    return x if gamma is None else x * gamma.astype(x.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention of tokens on a rows × cols grid, with `leading` tokens before them."""
+
+    width: int
+    heads: int
+    qkv_bias: bool
+    drop_rate: float
+    attn_drop_rate: float
+    dtype: Any
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "b t c"], rows: int, cols: int, leading: int, train: bool
+    ) -> Float[Array, "b t c"]:
+        qkv = dense(3 * self.width, use_bias=self.qkv_bias, dtype=self.dtype, name="qkv")(x)
+        q, k, v = rearrange(qkv, "b t (three h d) -> three b t h d", three=3, h=self.heads)
+        bias = RelativePositionBias(self.heads, name="position_bias")(rows, cols, leading)
+        drop = nn.Dropout(self.attn_drop_rate, deterministic=not train)
+        out = rearrange(window_attention(q, k, v, bias, drop), "b t h d -> b t (h d)")
+        out = dense(self.width, dtype=self.dtype, name="out")(out)
+        return nn.Dropout(self.drop_rate, deterministic=not train)(out)
+
+
+class MLP(nn.Module):
+    """linear → GELU (exact) → linear, applied to each token."""
+
+    width: int
+    hidden: int
+    drop_rate: float
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "... c"], train: bool) -> Float[Array, "... c"]:
+        drop = nn.Dropout(self.drop_rate, deterministic=not train)
+        x = drop(nn.gelu(dense(self.hidden, dtype=self.dtype, name="hidden")(x), approximate=False))
+        return drop(dense(self.width, dtype=self.dtype, name="out")(x))

@@ -1,0 +1,128 @@
+"""Convolutional layers: batch norm, stem, residual conv stage, downsampler.
+
+Axes: b batch, h and w height and width of a map, c channels.
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from fastervit_jax.model.attention import drop_path, layer_norm, layer_scale, scaled
+
+
+def conv3x3(features: int, *, dtype: Any, name: str, fan_in: int, stride: int = 1, use_bias: bool = True,
+            groups: int = 1) -> nn.Conv:
+    """3×3 convolution that pads one pixel on every side, with PyTorch's initialisation, uniform ±1/sqrt(9 fan_in).
+
+    `fan_in`: input channels that each output channel sees.
+    """
+    limit = (9 * fan_in) ** -0.5
+
+    def uniform(key: Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Array:
+        return jax.random.uniform(key, shape, dtype, -limit, limit)
+
+    return nn.Conv(features, (3, 3), (stride, stride), padding=1, use_bias=use_bias, feature_group_count=groups,
+                   dtype=dtype, kernel_init=uniform, bias_init=uniform, name=name)
+
+
+class BatchNorm(nn.Module):
+    """Batch norm over all axes but the last, with PyTorch's running statistics.
+
+    In training the batch's statistics normalise and running = 0.9 running + 0.1 batch, where the
+    running variance takes the unbiased estimate (flax.linen.BatchNorm takes the biased one). On a
+    sharded batch they are the statistics of the global batch. All of it is float32; the result has `dtype`.
+    """
+
+    epsilon: float
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b h w c"], train: bool) -> Float[Array, "b h w c"]:
+        width = x.shape[-1]
+        scale = self.param("scale", nn.initializers.ones, (width,), jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, (width,), jnp.float32)
+        running_mean = self.variable("batch_stats", "mean", jnp.zeros, (width,), jnp.float32)
+        running_var = self.variable("batch_stats", "var", jnp.ones, (width,), jnp.float32)
+        x = x.astype(jnp.float32)
+        mean, var = running_mean.value, running_var.value
+        if train:
+            count = x.size // width
+            if count < 2:
+                raise ValueError(f"batch norm got one value a channel, shape {x.shape}: training needs at least two; "
+                                 "use a larger batch or larger images")
+            # One pass over x: the running mean as pivot keeps E[d²] - E[d]² from cancelling.
+            pivot = mean
+            d = x - pivot[None, None, None]
+            d_mean = d.mean((0, 1, 2))
+            mean = pivot + d_mean
+            var = jnp.maximum((d * d).mean((0, 1, 2)) - d_mean * d_mean, 0.0)
+            if not self.is_initializing():
+                running_mean.value = 0.9 * running_mean.value + 0.1 * mean
+                running_var.value = 0.9 * running_var.value + 0.1 * var * (count / (count - 1))
+        gain = scale * jax.lax.rsqrt(var + self.epsilon)
+        y = (x - mean[None, None, None]) * gain[None, None, None] + bias[None, None, None]
+        return y.astype(self.dtype)
+
+
+class Stem(nn.Module):
+    """Two strided convolutions, each with batch norm and ReLU: stride 4."""
+
+    in_chans: int
+    in_dim: int
+    dim: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b h w i"], train: bool) -> Float[Array, "b (h+3)//4 (w+3)//4 c"]:
+        x = conv3x3(self.in_dim, fan_in=self.in_chans, stride=2, use_bias=False, dtype=self.dtype, name="conv1")(x)
+        x = nn.relu(BatchNorm(1e-4, self.dtype, name="norm1")(x, train))
+        x = conv3x3(self.dim, fan_in=self.in_dim, stride=2, use_bias=False, dtype=self.dtype, name="conv2")(x)
+        return nn.relu(BatchNorm(1e-4, self.dtype, name="norm2")(x, train))
+
+
+class ConvBlock(nn.Module):
+    """x + drop_path(gamma · BN(conv(GELU(BN(conv(x))))))."""
+
+    width: int
+    layer_scale: float | None
+    drop_path_rate: float
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b h w c"], train: bool) -> Float[Array, "b h w c"]:
+        y = conv3x3(self.width, fan_in=self.width, dtype=self.dtype, name="conv1")(x)
+        y = nn.gelu(BatchNorm(1e-5, self.dtype, name="norm1")(y, train), approximate=False)
+        y = conv3x3(self.width, fan_in=self.width, dtype=self.dtype, name="conv2")(y)
+        y = BatchNorm(1e-5, self.dtype, name="norm2")(y, train)
+        gamma = layer_scale(self, "gamma", self.layer_scale, self.width)
+        return x + drop_path(self.drop_path_rate, 1, train, scaled(y, gamma))
+
+
+class ConvStage(nn.Module):
+    """Residual conv blocks, one for each drop-path rate."""
+
+    width: int
+    layer_scale: float | None
+    drop_path_rates: tuple[float, ...]
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b h w c"], train: bool) -> Float[Array, "b h w c"]:
+        for i, rate in enumerate(self.drop_path_rates):
+            x = ConvBlock(self.width, self.layer_scale, rate, self.dtype, name=f"blocks_{i}")(x, train)
+        return x
+
+
+class Downsample(nn.Module):
+    """Layer norm over channels, then a strided convolution to twice the channels: halves height and width."""
+
+    width: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b (h+1)//2 (w+1)//2 2*c"]:
+        x = layer_norm(1e-6, dtype=self.dtype, name="norm")(x)
+        return conv3x3(2 * self.width, fan_in=self.width, stride=2, use_bias=False, dtype=self.dtype, name="conv")(x)

@@ -1,0 +1,190 @@
+"""Hierarchical attention (HAT): windows that exchange information through carrier tokens (paper, section 3.2).
+
+A map is cut into a grid of windows, row by row, each with its own few carrier tokens. Carrier
+tokens attend to each other over the whole image; then each window attends to its tokens and its
+carrier tokens together.
+
+Axes: b batch, h and w height and width of a map, c channels, n windows (row-major in the grid),
+t tokens of a window (row-major), k carrier tokens of a window (row-major).
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+from jaxtyping import Array, Float
+
+from fastervit_jax.model.attention import MLP, Attention, drop_path, layer_norm, layer_scale, scaled
+from fastervit_jax.model.conv import conv3x3
+from fastervit_jax.model.position import AbsolutePosition
+
+
+def partition(x: Float[Array, "b h w c"], side: int) -> Float[Array, "b n t c"]:
+    """Cut a map into side × side windows. For carrier tokens: raster order → window order."""
+    return rearrange(x, "b (i p) (j q) c -> b (i j) (p q) c", p=side, q=side)
+
+
+def unpartition(x: Float[Array, "b n t c"], side: int, rows: int, cols: int) -> Float[Array, "b h w c"]:
+    """Put a rows × cols grid of windows together again: the inverse of `partition`."""
+    return rearrange(x, "b (i j) (p q) c -> b (i p) (j q) c", i=rows, j=cols, p=side, q=side)
+
+
+def average_pool(x: Float[Array, "b h w c"], window: int, carriers: int) -> Float[Array, "b high wide c"]:
+    """Average pool to carriers × carriers values for each window × window pixels.
+
+    A side of n pixels gives out = n · carriers / window values, with stride n // out and
+    kernel n - (out - 1) · stride: the pooled patches overlap and are not aligned to the windows.
+    """
+    sides = []
+    for pixels in x.shape[1:3]:
+        out = pixels // window * carriers
+        stride = pixels // out
+        sides.append((pixels - (out - 1) * stride, stride))
+    (kernel_h, stride_h), (kernel_w, stride_w) = sides
+    return nn.avg_pool(x, (kernel_h, kernel_w), strides=(stride_h, stride_w))
+
+
+def upsample_nearest(carriers: Float[Array, "b n k c"], ct_size: int, window: int) -> Float[Array, "b n t c"]:
+    """Repeat each window's ct_size × ct_size carrier tokens over its window × window tokens."""
+    near = np.arange(window) * ct_size // window
+    return carriers[:, :, (near[:, None] * ct_size + near[None, :]).reshape(-1)]
+
+
+class CarrierInit(nn.Module):
+    """First carrier tokens of a stage: depthwise convolution of the map, then average pooling."""
+
+    width: int
+    window: int
+    ct_size: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b n k c"]:
+        x = conv3x3(self.width, fan_in=1, groups=self.width, dtype=self.dtype, name="conv")(x)
+        return partition(average_pool(x, self.window, self.ct_size), self.ct_size)
+
+
+class HATBlock(nn.Module):
+    """One block: carrier tokens attend over the image, then each window attends with its carrier tokens.
+
+    `propagate`: after the block, add each window's carrier tokens to its tokens, upsampled.
+    Drop path drops a branch for each image (carrier tokens) or each window of each image
+    (windows), as the official code does.
+    """
+
+    width: int
+    heads: int
+    window: int
+    ct_size: int
+    mlp_ratio: float
+    qkv_bias: bool
+    layer_scale: float | None
+    propagate: bool
+    drop_path_rate: float
+    drop_rate: float
+    attn_drop_rate: float
+    dtype: Any
+
+    def attention(self, name: str) -> Attention:
+        return Attention(self.width, self.heads, self.qkv_bias, self.drop_rate, self.attn_drop_rate, self.dtype,
+                         name=name)
+
+    def mlp(self, name: str) -> MLP:
+        return MLP(self.width, int(self.width * self.mlp_ratio), self.drop_rate, self.dtype, name=name)
+
+    def norm(self, name: str) -> nn.LayerNorm:
+        return layer_norm(1e-5, dtype=self.dtype, name=name)
+
+    def gamma(self, name: str) -> Array | None:
+        return layer_scale(self, name, self.layer_scale, self.width)
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "b n t c"], carriers: Float[Array, "b n k c"] | None, rows: int, cols: int, train: bool
+    ) -> tuple[Float[Array, "b n t c"], Float[Array, "b n k c"] | None]:
+        batch, windows, tokens, _ = x.shape
+        position = AbsolutePosition(self.width, name="position")(self.window, self.window)
+        x = x + position.astype(self.dtype)[None, None]
+
+        leading = 0
+        z = x
+        if carriers is not None:
+            leading = self.ct_size**2
+            gamma1 = self.gamma("gamma1")
+            carriers = self.attend_over_image(carriers, rows, cols, gamma1, train)
+            z = jnp.concatenate([carriers, x], axis=2)
+
+        y = rearrange(self.norm("norm1")(z), "b n t c -> (b n) t c")
+        y = self.attention("attention")(y, self.window, self.window, leading, train)
+        y = y.reshape(batch, windows, leading + tokens, self.width)
+        z = z + drop_path(self.drop_path_rate, 2, train, scaled(y, self.gamma("gamma3")))
+        y = self.mlp("mlp")(self.norm("norm2")(z), train)
+        z = z + drop_path(self.drop_path_rate, 2, train, scaled(y, self.gamma("gamma4")))
+        if carriers is None:
+            return z, None
+
+        carriers, x = z[:, :, :leading], z[:, :, leading:]
+        if self.propagate:
+            x = x + scaled(upsample_nearest(carriers, self.ct_size, self.window), gamma1)
+        return x, carriers
+
+    def attend_over_image(
+        self, carriers: Float[Array, "b n k c"], rows: int, cols: int, gamma1: Array | None, train: bool
+    ) -> Float[Array, "b n k c"]:
+        """Full attention and MLP among all carrier tokens of an image, in raster order."""
+        high, wide = rows * self.ct_size, cols * self.ct_size
+        c = unpartition(carriers, self.ct_size, rows, cols).reshape(-1, high * wide, self.width)
+        position = AbsolutePosition(self.width, name="carrier_position")(high, wide)
+        c = c + position.astype(self.dtype)[None]
+        y = self.attention("carrier_attention")(self.norm("carrier_norm1")(c), high, wide, 0, train)
+        c = c + drop_path(self.drop_path_rate, 1, train, scaled(y, gamma1))
+        y = self.mlp("carrier_mlp")(self.norm("carrier_norm2")(c), train)
+        c = c + drop_path(self.drop_path_rate, 1, train, scaled(y, self.gamma("gamma2")))
+        return partition(c.reshape(-1, high, wide, self.width), self.ct_size)
+
+
+class HATStage(nn.Module):
+    """HAT blocks, one for each drop-path rate, on a map of any height and width.
+
+    The map is padded with zeros at the right and bottom to whole windows, and cropped at the end.
+    With `hat`, the windows have carrier tokens wherever the map has more than one window. Their
+    parameters exist in any case: initialising runs the carrier branch on a single window too, so
+    that the parameters do not depend on the size of the image that initialised them.
+    """
+
+    width: int
+    heads: int
+    window: int
+    ct_size: int
+    mlp_ratio: float
+    qkv_bias: bool
+    layer_scale: float | None
+    hat: bool
+    do_propagation: bool
+    drop_path_rates: tuple[float, ...]
+    drop_rate: float
+    attn_drop_rate: float
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b h w c"], train: bool) -> Float[Array, "b h w c"]:
+        height, width = x.shape[1:3]
+        rows, cols = -(-height // self.window), -(-width // self.window)
+        x = jnp.pad(x, ((0, 0), (0, rows * self.window - height), (0, cols * self.window - width), (0, 0)))
+
+        carriers = None
+        if self.hat and (rows * cols > 1 or self.is_initializing()):
+            init = CarrierInit(self.width, self.window, self.ct_size, self.dtype, name="carrier_init")
+            carriers = init(x)
+        x = partition(x, self.window)
+        for i, rate in enumerate(self.drop_path_rates):
+            last = i == len(self.drop_path_rates) - 1
+            x, carriers = HATBlock(
+                width=self.width, heads=self.heads, window=self.window, ct_size=self.ct_size,
+                mlp_ratio=self.mlp_ratio, qkv_bias=self.qkv_bias, layer_scale=self.layer_scale,
+                propagate=self.do_propagation and last, drop_path_rate=rate, drop_rate=self.drop_rate,
+                attn_drop_rate=self.attn_drop_rate, dtype=self.dtype, name=f"blocks_{i}",
+            )(x, carriers, rows, cols, train)
+        return unpartition(x, self.window, rows, cols)[:, :height, :width]

@@ -1,0 +1,43 @@
+"""Our model with the weights of a golden case."""
+
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+import fastervit_jax as fv
+from fastervit_jax.weights import names
+from tests.golden import cases
+
+GOLDEN = pathlib.Path(__file__).parent / "golden"
+
+
+def official_weights(variables: dict) -> dict[str, np.ndarray]:
+    """For variables (or their shapes), the arrays that the official model is given, by its names and layouts."""
+    flat = {collection: flatten_dict(tree, sep="/") for collection, tree in variables.items()}
+    weights = {}
+    for name, (collection, path) in names.pytorch_names(variables).items():
+        shape = names.to_pytorch_layout(path, np.empty(flat[collection][path].shape)).shape
+        weights[name] = cases.official_array(name, shape)
+    return weights
+
+
+def model_and_variables(case: cases.Case) -> tuple[fv.FasterViT, dict]:
+    """Our model of a case with the official arrays."""
+    model = fv.create_model(case.arch, **case.kwargs)
+    images = jax.ShapeDtypeStruct((1, 64, 64, model.config.in_chans), jnp.float32)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), images)
+    weights = official_weights(shapes)
+    variables = {"params": {}, "batch_stats": {}}
+    for name, (collection, path) in names.pytorch_names(shapes).items():
+        variables[collection][path] = jnp.asarray(names.to_flax_layout(path, weights[name]))
+    return model, {collection: unflatten_dict(flat, sep="/") for collection, flat in variables.items()}
+
+
+def relative_error(ours: np.ndarray, theirs: np.ndarray) -> float:
+    """‖ours - theirs‖ / ‖theirs‖ in float64."""
+    ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
+    assert ours.shape == theirs.shape
+    return float(np.linalg.norm(ours - theirs) / np.linalg.norm(theirs))
