@@ -1,0 +1,1 @@
+"""Images in: from records on disk to normalised batches on the devices."""

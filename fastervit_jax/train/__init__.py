@@ -1,0 +1,1 @@
+"""Training: optimiser, sharded step, evaluation, checkpoints, and the loop over them."""

@@ -1,0 +1,81 @@
+"""Where a run's figures and its config are kept: WORKDIR/metrics.jsonl, tensorboard/, config.json."""
+
+import json
+import os
+import pathlib
+from typing import Any
+
+import tensorboardX
+from ml_collections import ConfigDict
+
+# What may differ between the starts of one run: it changes neither the model nor the numbers.
+FREE = ("log_every_steps", "checkpoint_every_epochs", "keep_checkpoints")
+
+
+def _replace(path: pathlib.Path, text: str) -> None:
+    """Write a file so that a kill leaves the old one or the new one, never a part."""
+    new = path.with_suffix(".new")
+    new.write_text(text)
+    os.replace(new, path)
+
+
+def claim_workdir(workdir: pathlib.Path, config: ConfigDict) -> None:
+    """Keep the resolved config in the workdir; if a run is there already, check that it has the same one."""
+    if (workdir / "config.json").exists():
+        check_config(workdir, config)
+    else:
+        workdir.mkdir(parents=True, exist_ok=True)
+        _replace(workdir / "config.json", json.dumps(json.loads(config.to_json()), indent=2) + "\n")
+
+
+def check_config(workdir: pathlib.Path, config: ConfigDict, parts: tuple[str, ...] = ("",)) -> None:
+    """Compare `config`, or the parts of it that begin with `parts`, with that of the run in the workdir.
+
+    Raises FileNotFoundError if there is no run, ValueError that lists what differs.
+    """
+    path = workdir / "config.json"
+    if not path.exists():
+        raise FileNotFoundError(f"no run in {workdir}: expected {path}, which train.py writes")
+    mine, theirs = _flat(json.loads(config.to_json())), _flat(json.loads(path.read_text()))
+    missing = object()
+    different = [
+        f"  {key}: there {theirs.get(key, 'nothing')!r}, given {mine.get(key, 'nothing')!r}"
+        for key in sorted({*mine, *theirs} - set(FREE))
+        if key.startswith(parts) and mine.get(key, missing) != theirs.get(key, missing)
+    ]
+    if different:
+        raise ValueError("\n".join([f"{workdir} holds a run with another config:", *different,
+                                    "Give the same config to go on with it, or another --workdir."]))
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in tree.items():
+        flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
+    return flat
+
+
+class MetricWriter:
+    """Writes figures as lines of JSON and for TensorBoard.
+
+    A run that goes on from `first_step` drops what a killed one wrote for later steps.
+    """
+
+    def __init__(self, workdir: pathlib.Path, first_step: int):
+        path = workdir / "metrics.jsonl"
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        whole = [line for line in lines if line.endswith("\n")]
+        _replace(path, "".join(line for line in whole if json.loads(line)["step"] <= first_step))
+        self.file = path.open("a")
+        self.board = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step + 1)
+
+    def write(self, step: int, prefix: str, figures: dict[str, float]) -> None:
+        named = {f"{prefix}/{name}": value for name, value in figures.items()}
+        self.file.write(json.dumps({"step": step, **named}) + "\n")
+        self.file.flush()
+        for name, value in named.items():
+            self.board.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self.file.close()
+        self.board.close()

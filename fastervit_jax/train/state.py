@@ -1,0 +1,46 @@
+"""The training state: all that a run carries from one step to the next."""
+
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Int
+from ml_collections import ConfigDict
+
+from fastervit_jax.model.fastervit import FasterViT
+from fastervit_jax.train.sharding import replicated
+
+
+@flax.struct.dataclass
+class TrainState:
+    """`step` counts updates; randomness is a function of it and the seed, so there is no key to carry."""
+
+    step: Int[Array, ""]
+    params: Any
+    batch_stats: Any
+    opt_state: optax.OptState
+
+    @property
+    def variables(self) -> dict[str, Any]:
+        return {"params": self.params, "batch_stats": self.batch_stats}
+
+
+def init_variables(model: FasterViT, config: ConfigDict) -> dict[str, Any]:
+    """Fresh parameters and batch statistics, from config.seed."""
+    size = config.data.image_size
+    return model.init(jax.random.key(config.seed), jnp.zeros((1, size, size, model.config.in_chans)))
+
+
+def create_state(
+    model: FasterViT, optimizer: optax.GradientTransformation, config: ConfigDict, mesh: jax.sharding.Mesh
+) -> TrainState:
+    """The state at step 0 on the devices of `mesh`."""
+
+    def create():
+        variables = init_variables(model, config)
+        params = variables["params"]
+        return TrainState(jnp.int32(0), params, variables["batch_stats"], optimizer.init(params))
+
+    return jax.jit(create, out_shardings=replicated(mesh))()

@@ -1,0 +1,64 @@
+"""One training step, jitted over a mesh."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array
+from ml_collections import ConfigDict
+
+from fastervit_jax.data import augment
+from fastervit_jax.model.fastervit import FasterViT
+from fastervit_jax.train import losses
+from fastervit_jax.train.sharding import over_batch, replicated
+from fastervit_jax.train.state import TrainState
+
+Batch = dict[str, Array]
+Metrics = dict[str, Array]
+
+
+def make_train_step(
+    model: FasterViT,
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    config: ConfigDict,
+    mesh: jax.sharding.Mesh,
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """A jitted (state, batch) → (state, metrics); the given state's memory is reused.
+
+    The batch is split over the mesh; its loss, gradients and batch statistics are those of the whole
+    batch, whatever the number of devices. Metrics are scalars on the devices.
+    """
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+        augment_key, dropout_key = jax.random.split(key)
+        images = augment.random_zoom_shift(augment_key, batch["image"], config.augment.zoom, config.augment.shift)
+        images = augment.normalise(images, config.data.mean, config.data.std)
+        targets = losses.smooth_one_hot(batch["label"], model.config.num_classes, config.label_smoothing)
+
+        def loss_fn(params):
+            logits, updated = model.apply(
+                {"params": params, "batch_stats": state.batch_stats}, images, train=True,
+                rngs={"dropout": dropout_key}, mutable=["batch_stats"],
+            )
+            return losses.cross_entropy(logits, targets).mean(), (logits, updated["batch_stats"])
+
+        (loss, (logits, batch_stats)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        metrics = {
+            "loss": loss,
+            "accuracy": losses.in_top(logits, batch["label"], 1).mean(),
+            "learning_rate": schedule(state.step),
+            "gradient_norm": optax.global_norm(grads),
+        }
+        return TrainState(state.step + jnp.int32(1), params, batch_stats, opt_state), metrics
+
+    return jax.jit(
+        train_step,
+        in_shardings=(replicated(mesh), over_batch(mesh)),
+        out_shardings=replicated(mesh),
+        donate_argnums=0,
+    )
