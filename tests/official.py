@@ -9,6 +9,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 import fastervit_jax as fv
 from fastervit_jax.weights import names
+from tests import reference
 from tests.golden import cases
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
@@ -34,6 +35,16 @@ def model_and_variables(case: cases.Case) -> tuple[fv.FasterViT, dict]:
     for name, (collection, path) in names.pytorch_names(shapes).items():
         variables[collection][path] = jnp.asarray(names.to_flax_layout(path, weights[name]))
     return model, {collection: unflatten_dict(flat, sep="/") for collection, flat in variables.items()}
+
+
+def reference_outputs(
+    model: fv.FasterViT, variables: dict, images: np.ndarray
+) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Logits and stage maps by the NumPy reference, for a model that has the official arrays."""
+    c = model.config
+    return reference.forward(
+        official_weights(variables), images, depths=c.depths, num_heads=c.num_heads, window_size=c.window_size,
+        ct_size=c.ct_size, hat=c.hat, do_propagation=c.do_propagation, layer_norm_last=c.layer_norm_last)
 
 
 def relative_error(ours: np.ndarray, theirs: np.ndarray) -> float:

@@ -78,8 +78,9 @@ class FasterViT(nn.Module):
 
         For detection and segmentation: `model.apply(variables, images, method="features")`.
         """
+        images = jnp.asarray(images)
         self._check_images(images)
-        x = self.stem(jnp.asarray(images, self.config.dtype), train)
+        x = self.stem(images.astype(self.config.dtype), train)
         maps = []
         for i, stage in enumerate(self.stages):
             if i > 0:
@@ -95,7 +96,7 @@ class FasterViT(nn.Module):
         x = x.mean((1, 2))
         return self.head(x) if self.config.num_classes else x
 
-    def _check_images(self, images: Any) -> None:
+    def _check_images(self, images: Array) -> None:
         channels = self.config.in_chans
         expected = f"expected float (batch, height, width, {channels})"
         if images.ndim != 4:

@@ -6,9 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import fastervit_jax as fv
 from fastervit_jax.model import hat, position
-from tests import official, reference
+from tests import official
 from tests.golden import cases
 
 # A map of 4 × 6 tokens, numbered in raster order: 2 × 3 windows of 2 × 2 tokens.
@@ -67,16 +66,12 @@ def test_carriers_attend_in_raster_order(key, monkeypatch):
 
 
 def test_average_pool_overlaps():
-    # 2 windows of 7 rows, 2 carriers each: 4 values from 14 rows, stride 3, kernel 5; 1 window of 4 columns: 2 values.
-    x = jnp.arange(14.0)[None, :, None, None] + 100 * jnp.arange(4.0)[None, None, :, None]
-    with pytest.raises(AssertionError):
-        np.testing.assert_array_equal(hat.average_pool(x, 7, 2).shape, (1, 4, 2, 1))  # 4 columns are no window of 7
-    x = jnp.pad(x, ((0, 0), (0, 0), (0, 3), (0, 0)))
-    pooled = hat.average_pool(x, 7, 2)
-    rows = np.array([2.0, 5.0, 8.0, 11.0])  # means of rows 0-4, 3-7, 6-10, 9-13
-    # Columns: 2 values from 7, stride 3, kernel 4: columns 0-3 (all of x) and 3-6 (its last, and padding).
-    expected = np.stack([rows + 150, (rows + 300) / 4], axis=1)
-    np.testing.assert_allclose(pooled[0, :, :, 0], expected, rtol=1e-6)
+    # 14 rows are 2 windows of 7, each with 2 carriers: 4 values, stride 3, kernel 5.
+    # 7 columns are 1 window: 2 values, stride 3, kernel 4.
+    x = jnp.arange(14.0)[None, :, None, None] + 100 * jnp.arange(7.0)[None, None, :, None]
+    rows = np.array([2.0, 5.0, 8.0, 11.0])  # the middles of rows 0-4, 3-7, 6-10, 9-13
+    cols = np.array([150.0, 450.0])  # of columns 0-3, 3-6
+    np.testing.assert_allclose(hat.average_pool(x, 7, 2)[0, :, :, 0], rows[:, None] + cols[None, :], rtol=1e-6)
 
 
 def test_upsample_nearest():
@@ -105,20 +100,6 @@ def test_relative_coordinates():
     np.testing.assert_array_equal(index, [[0]])
 
 
-def against_reference(height, width, **changes):
-    """Relative errors of logits and stages against the NumPy reference, with the golden cases' weights."""
-    model, variables = official.model_and_variables(cases.Case("testing", changes, 0))
-    images = cases.images(2, height, width, model.config.in_chans)
-    c = model.config
-    logits, maps = reference.forward(
-        official.official_weights(variables), images, depths=c.depths, num_heads=c.num_heads,
-        window_size=c.window_size, ct_size=c.ct_size, hat=c.hat, do_propagation=c.do_propagation,
-        layer_norm_last=c.layer_norm_last)
-    both = nn.apply(lambda model, images: (model(images), model.features(images)), model)
-    ours, our_maps = jax.jit(both)(variables, images)
-    return [official.relative_error(a, b) for a, b in zip((ours, *our_maps), (logits, *maps), strict=True)]
-
-
 @pytest.mark.parametrize(
     ("height", "width", "changes"),
     [
@@ -132,21 +113,20 @@ def against_reference(height, width, **changes):
     ],
 )
 def test_rectangle_is_what_the_definition_gives(height, width, changes):
-    errors = against_reference(height, width, **changes)
+    model, variables = official.model_and_variables(cases.Case("testing", changes, 0))
+    images = cases.images(2, height, width, 3)
+    logits, maps = official.reference_outputs(model, variables, images)
+    both = nn.apply(lambda model, images: (model(images), model.features(images)), model)
+    ours, our_maps = jax.jit(both)(variables, images)
+    errors = [official.relative_error(a, b) for a, b in zip((ours, *our_maps), (logits, *maps), strict=True)]
     assert max(errors) < 1e-5, errors
 
 
 @pytest.mark.parametrize("name", cases.COMMITTED)
 def test_reference_agrees_with_the_official_model(name):
-    case = cases.CASES[name]
-    theirs = np.load(official.GOLDEN / f"{name}.npz")
-    c = fv.create_model(case.arch, **case.kwargs).config
-    weights = {n: cases.official_array(n, w.shape) for n, w in official.official_weights(
-        official.model_and_variables(case)[1]).items()}
-    logits, maps = reference.forward(
-        weights, cases.images(case.batch, case.resolution, case.resolution, 3), depths=c.depths,
-        num_heads=c.num_heads, window_size=c.window_size, ct_size=c.ct_size, hat=c.hat,
-        do_propagation=c.do_propagation, layer_norm_last=c.layer_norm_last)
+    case, theirs = cases.CASES[name], np.load(official.GOLDEN / f"{name}.npz")
+    images = cases.images(case.batch, case.resolution, case.resolution, 3)
+    logits, maps = official.reference_outputs(*official.model_and_variables(case), images)
     assert official.relative_error(logits, theirs["logits"]) < 1e-6
     for i, x in enumerate(maps):
         assert official.relative_error(x, theirs[f"stage{i}"]) < 1e-6

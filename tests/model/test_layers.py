@@ -1,0 +1,112 @@
+"""Layers one by one: batch norm, drop path, dropout, initial values."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict
+
+import fastervit_jax as fv
+from fastervit_jax.model.attention import drop_path
+from fastervit_jax.model.conv import BatchNorm
+from tests import official
+from tests.golden import cases
+
+
+def test_batch_norm_in_training(key):
+    # A mean far from zero: E[x²] - E[x]² alone would lose most digits.
+    x = jax.random.normal(key, (4, 3, 5, 2)) * 0.1 + jnp.asarray([100.0, -3.0])[None, None, None]
+    norm = BatchNorm(1e-5, "float32")
+    params = {"scale": jnp.asarray([2.0, 3.0]), "bias": jnp.asarray([0.5, -0.5])}
+    stats = {"mean": jnp.asarray([99.0, 0.0]), "var": jnp.asarray([2.0, 4.0])}
+    y, updated = norm.apply({"params": params, "batch_stats": stats}, x, True, mutable=["batch_stats"])
+
+    exact = np.asarray(x, np.float64)
+    mean, var = exact.mean((0, 1, 2)), exact.var((0, 1, 2))
+    np.testing.assert_allclose(y, (exact - mean) / np.sqrt(var + 1e-5) * [2, 3] + [0.5, -0.5], atol=2e-3)
+    np.testing.assert_allclose(updated["batch_stats"]["mean"], 0.9 * np.array([99, 0]) + 0.1 * mean, rtol=1e-6)
+    unbiased = var * 60 / 59
+    np.testing.assert_allclose(updated["batch_stats"]["var"], 0.9 * np.array([2, 4]) + 0.1 * unbiased, rtol=1e-5)
+
+
+def test_batch_norm_in_evaluation():
+    norm = BatchNorm(0.25, "float32")
+    variables = {"params": {"scale": jnp.asarray([2.0]), "bias": jnp.asarray([1.0])},
+                 "batch_stats": {"mean": jnp.asarray([3.0]), "var": jnp.asarray([3.75])}}
+    x = jnp.asarray([3.0, 5.0]).reshape(1, 1, 2, 1)
+    np.testing.assert_allclose(norm.apply(variables, x, False).ravel(), [1.0, 3.0])
+
+
+def test_batch_norm_needs_two_values(key):
+    norm = BatchNorm(1e-5, "float32")
+    x = jnp.ones((1, 1, 1, 4))
+    variables = norm.init(key, x, False)
+    with pytest.raises(ValueError, match=r"one value a channel, shape \(1, 1, 1, 4\): training needs at least two"):
+        norm.apply(variables, x, True, mutable=["batch_stats"])
+
+
+class Dropped(nn.Module):
+    axes: int
+    rate: float = 0.25
+
+    @nn.compact
+    def __call__(self, x, train):
+        return drop_path(self.rate, self.axes, train, x)
+
+
+@pytest.mark.parametrize(("axes", "units"), [(1, (400, 1, 1)), (2, (400, 6, 1))])
+def test_drop_path_drops_whole_images_or_windows(axes, units, key):
+    x = jnp.ones((400, 6, 5))
+    y = np.asarray(Dropped(axes).apply({}, x, True, rngs={"dropout": key}))
+    kept = y.max(axis=tuple(range(axes, 3)), keepdims=True)
+    assert kept.shape == units
+    np.testing.assert_array_equal(y, np.broadcast_to(kept, y.shape))
+    assert set(np.unique(kept)) == {0.0, np.float32(1 / 0.75)}
+    assert 0.15 < (kept == 0).mean() < 0.35
+    np.testing.assert_array_equal(Dropped(axes).apply({}, x, False), x)
+
+
+def test_drop_path_rates_grow_linearly():
+    bound = fv.create_model("testing", depths=(1, 1, 3, 1), drop_path_rate=0.5).bind({})
+    rates = [rate for stage in bound.stages for rate in stage.drop_path_rates]
+    np.testing.assert_allclose(rates, [0.0, 0.1, 0.2, 0.3, 0.4, 0.5])
+
+
+def test_each_rate_has_an_effect_in_training():
+    # In evaluation none has: it is given no key there, and dropout without one raises.
+    changes = {"depths": (1, 1, 1, 1), "hat": (False, False, True, False), "drop_path_rate": 0.0}
+    _, variables = official.model_and_variables(cases.Case("testing", changes, 0))
+    images = cases.images(2, 64, 64, 3)
+
+    def logits(**rates):
+        model = fv.create_model("testing", **{**changes, **rates})
+        train = jax.jit(lambda variables, images, key: model.apply(
+            variables, images, train=True, rngs={"dropout": key}, mutable=["batch_stats"])[0])
+        return train(variables, images, jax.random.key(0))
+
+    quiet = logits()
+    for field in ("drop_rate", "attn_drop_rate", "drop_path_rate"):
+        assert official.relative_error(logits(**{field: 0.5}), quiet) > 1e-2, field
+
+
+def test_initial_values(key):
+    model = fv.create_model("faster_vit_0_224", dim=32, depths=(1, 1, 1, 1), layer_scale=1e-5, num_classes=100)
+    variables = jax.jit(model.init)(key, jnp.ones((1, 64, 64, 3)))
+    for path, value in flatten_dict(variables["params"], sep="/").items():
+        leaf, value = path.rpartition("/")[2], np.asarray(value)
+        convolution = "conv" in path.split("/")[-2]
+        if convolution:
+            kernel = np.asarray(flatten_dict(variables["params"], sep="/")[path.rpartition("/")[0] + "/kernel"])
+            limit = np.prod(kernel.shape[:3]) ** -0.5
+            assert np.abs(value).max() <= limit * (1 + 1e-6), path
+            assert np.isclose(value.std(), limit / 3**0.5, rtol=0.25), path
+        elif leaf == "kernel":
+            # A plain normal: the official bounds of ±2 lie 100 deviations out.
+            assert np.isclose(value.std(), 0.02, rtol=0.1), path
+            assert value.size < 10_000 or np.abs(value).max() > 0.06, path
+        else:
+            expected = {"scale": 1.0, "bias": 0.0, "gamma": 1e-5}[leaf.rstrip("1234")]
+            np.testing.assert_allclose(value, expected, err_msg=path)
+    for path, value in flatten_dict(variables["batch_stats"], sep="/").items():
+        np.testing.assert_array_equal(value, 1.0 if path.endswith("var") else 0.0)
