@@ -3,34 +3,28 @@
     python eval.py --config=configs/digits.py --workdir=runs/digits
 
 Prints ' * Acc@1 ... Acc@5 ...' and one line of JSON, for the newest checkpoint in the workdir.
-Changes that were given to train.py (--config.a.b=value) are given here too.
+Changes of the model and the data that were given to train.py (--config.a.b=value) are given here too.
 """
 
 import json
 import pathlib
 
 import jax
-from absl import app, flags, logging
-from ml_collections import config_flags
+from absl import flags
+from ml_collections import ConfigDict
 
 from fastervit_jax.data import loader, sources
 from fastervit_jax.model.fastervit import FasterViT
 from fastervit_jax.model.variants import ModelConfig
-from fastervit_jax.train import checkpoint, evaluate, metrics, sharding
+from fastervit_jax.train import checkpoint, command, evaluate, metrics, sharding
 from fastervit_jax.train.state import init_variables
 
-CONFIG = config_flags.DEFINE_config_file("config", "configs/digits.py", "The recipe that the run was trained with.")
-WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run. Default: runs/, then the config's name.")
+flags.adopt_module_key_flags(command)
 SPLIT = flags.DEFINE_enum("split", "validation", sources.SPLITS, "The images to evaluate on.")
 
 
-def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments {argv[1:]}: settings are given as --config.a.b=value")
-    config = CONFIG.value
-    workdir = pathlib.Path(WORKDIR.value) if WORKDIR.value else pathlib.Path("runs") / config.name
+def main(config: ConfigDict, workdir: pathlib.Path) -> None:
     metrics.check_config(workdir, config, parts=("model.", "data."))
-
     mesh = sharding.make_mesh()
     model = FasterViT(ModelConfig(**config.model))
     abstract = jax.eval_shape(lambda: init_variables(model, config))
@@ -43,5 +37,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    flags.FLAGS.verbosity = logging.WARNING  # unless given; orbax tells of every restore
-    app.run(main)
+    command.run(main)

@@ -1,9 +1,12 @@
 """Strict numerics for every test: 8 CPU devices, exact float32 products, no silent broadcasting of ranks."""
 
 import os
+import tempfile
 
 # Before JAX starts. Where JAX runs on an accelerator the flag changes nothing.
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+# Several tests start the same run: one of them compiles. The folder is new in every session.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="fastervit_jax_tests_"))
 
 import jax
 import pytest

@@ -5,7 +5,7 @@ the run is started, on any number of processes.
 """
 
 import collections
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import grain
@@ -51,10 +51,13 @@ def _to_devices(
     # Shuffle and repeat come before batching, batching before each process takes its share: any other
     # order makes the content of a batch depend on the number of processes.
     dataset = dataset.batch(batch_size // processes, drop_remainder=True)[first_step * processes + process :: processes]
-    iterator = iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)))
+    return _ahead(dataset.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)), sharding)
 
+
+def _ahead(batches: Iterable[dict[str, np.ndarray]], sharding: jax.sharding.NamedSharding) -> Iterator[Any]:
+    """Each process's share of the batches as global arrays, with some in flight."""
     queue = collections.deque()
-    for batch in iterator:
+    for batch in batches:
         queue.append(jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch))
         if len(queue) > IN_FLIGHT:
             yield queue.popleft()

@@ -127,7 +127,7 @@ class Variant:
 
 def _variant_21k(resolution: int, windows: tuple[int, int], crop_pct: float) -> Variant:
     config = ModelConfig(dim=196, in_dim=64, depths=(3, 3, 12, 5), num_heads=(4, 8, 16, 32),
-                         window_size=(7, 7) + windows, hat=(False, False, False, False), do_propagation=True,
+                         window_size=(7, 7, *windows), hat=(False, False, False, False), do_propagation=True,
                          layer_scale=1e-5, drop_path_rate=0.42)
     return Variant(config=config, resolution=resolution, crop_pct=crop_pct, crop_mode="squash")
 

@@ -1,4 +1,4 @@
-"""Checkpoints of a run, through orbax: WORKDIR/checkpoints/STEP/{variables,optimizer,meta}."""
+"""Checkpoints of a run, through orbax: WORKDIR/checkpoints/STEP/{variables,optimizer}."""
 
 import pathlib
 from typing import Any
@@ -23,15 +23,11 @@ def make_manager(workdir: pathlib.Path, *, every: int, keep: int) -> ocp.Checkpo
     return ocp.CheckpointManager((workdir / "checkpoints").absolute(), options=options)
 
 
-def save(manager: ocp.CheckpointManager, state: TrainState, meta: dict[str, Any], *, force: bool) -> None:
-    """Save the state after `state.step` steps if it is due, or `force`; a step that is there already stays."""
-    step = meta["step"]
-    if step == manager.latest_step():
-        return
+def save(manager: ocp.CheckpointManager, state: TrainState, step: int, *, force: bool) -> None:
+    """Save the state, which has done `step` steps, if a save is due or forced."""
     items = ocp.args.Composite(
         variables=ocp.args.StandardSave(state.variables),
         optimizer=ocp.args.StandardSave({"step": state.step, "opt_state": state.opt_state}),
-        meta=ocp.args.JsonSave(meta),
     )
     manager.save(step, args=items, force=force)
 

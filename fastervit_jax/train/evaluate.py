@@ -32,7 +32,9 @@ def make_eval_step(model: FasterViT, config: ConfigDict, mesh: jax.sharding.Mesh
     return jax.jit(eval_step, in_shardings=(replicated(mesh), over_batch(mesh)), out_shardings=replicated(mesh))
 
 
-def evaluate(eval_step: Callable[..., Metrics], variables: dict[str, Any], batches: Iterable[Batch]) -> dict[str, float]:
+def evaluate(
+    eval_step: Callable[..., Metrics], variables: dict[str, Any], batches: Iterable[Batch]
+) -> dict[str, float]:
     """Mean loss (nats), top-1 and top-5 accuracy (%), and the number of images."""
     sums = [eval_step(variables, batch) for batch in batches]
     totals = {name: float(sum(s[name] for s in jax.device_get(sums))) for name in sums[0]}

@@ -1,5 +1,6 @@
 """The training loop. One function, read from top to bottom; the same on one device and on many."""
 
+import contextlib
 import pathlib
 import sys
 from typing import Any
@@ -24,7 +25,9 @@ def train(config: ConfigDict, workdir: pathlib.Path, devices: list[jax.Device] |
     A run that is in `workdir` already goes on from its last checkpoint; a finished one is evaluated again.
     Raises ValueError if the run there has another config.
     """
-    claim_workdir(workdir, config)
+    for name in ("batch_size", "epochs", "log_every_steps", "eval_every_epochs", "checkpoint_every_epochs"):
+        if config[name] < 1:
+            raise ValueError(f"config.{name}={config[name]}: expected at least 1")
     mesh = sharding.make_mesh(devices)
     over_batch = sharding.over_batch(mesh)
     train_source = sources.make_source(config.data.source, "train", config.data.image_size)
@@ -40,48 +43,50 @@ def train(config: ConfigDict, workdir: pathlib.Path, devices: list[jax.Device] |
     train_step = make_train_step(model, optimizer, schedule, config, mesh)
     eval_step = evaluate.make_eval_step(model, config, mesh)
 
-    manager = checkpoint.make_manager(
-        workdir, every=config.checkpoint_every_epochs * steps_per_epoch, keep=config.keep_checkpoints)
-    state = checkpoint.restore(manager, state)
-    first_step = int(state.step)
-    writer = MetricWriter(workdir, first_step) if jax.process_index() == 0 else None
-    print(f"{config.name}: {sum(x.size for x in jax.tree.leaves(state.params)):,} parameters, "
-          f"{len(train_source):,} images to train on, {len(eval_source):,} to validate on, {total_steps:,} steps "
-          f"of {config.batch_size} on {mesh.size} {mesh.devices.flat[0].platform} device(s); "
-          f"{'starting' if first_step == 0 else f'going on after step {first_step:,}'} in {workdir}", flush=True)
+    log_every = config.log_every_steps
+    eval_every = config.eval_every_epochs * steps_per_epoch
+    save_every = config.checkpoint_every_epochs * steps_per_epoch
+    say = tqdm.write if jax.process_index() == 0 else lambda text: None  # once, not for every process
+    with contextlib.ExitStack() as stack:
+        manager = stack.enter_context(checkpoint.make_manager(workdir, every=save_every, keep=config.keep_checkpoints))
+        first_step = manager.latest_step() or 0
+        batches = loader.train_batches(
+            train_source, batch_size=config.batch_size, seed=config.seed, first_step=first_step, sharding=over_batch)
+        claim_workdir(workdir, config, started=first_step > 0)
+        state = checkpoint.restore(manager, state)
+        writer = stack.enter_context(MetricWriter(workdir, first_step))
+        say(f"{config.name}: {sum(x.size for x in jax.tree.leaves(state.params)):,} parameters, "
+            f"{len(train_source):,} images to train on, {len(eval_source):,} to validate on, {total_steps:,} steps "
+            f"of {config.batch_size} on {mesh.size} {mesh.devices.flat[0].platform} device(s); "
+            f"{f'going on after step {first_step:,}' if first_step else 'starting'} in {workdir}")
+        bar = stack.enter_context(tqdm(
+            total=total_steps * config.batch_size, initial=first_step * config.batch_size, desc="train",
+            unit=" images", unit_scale=True, mininterval=0.5 if sys.stderr.isatty() else 30.0,
+            disable=jax.process_index() != 0))
 
-    def evaluated(step: int) -> dict[str, Any]:
-        batches = loader.eval_batches(eval_source, batch_size=config.batch_size, sharding=over_batch)
-        result = evaluate.evaluate(eval_step, state.variables, batches)
-        tqdm.write(f"step {step:6,} epoch {step // steps_per_epoch:3}{evaluate.report(result)} loss {result['loss']:.4f}")
-        if writer and step > first_step:
-            writer.write(step, "eval", result)
-        return result
+        def evaluated(step: int) -> dict[str, Any]:
+            eval_batches = loader.eval_batches(eval_source, batch_size=config.batch_size, sharding=over_batch)
+            result = evaluate.evaluate(eval_step, state.variables, eval_batches)
+            say(f"step {step:6,} epoch {step // steps_per_epoch:3}{evaluate.report(result)} loss {result['loss']:.4f}")
+            return result
 
-    batches = loader.train_batches(
-        train_source, batch_size=config.batch_size, seed=config.seed, first_step=first_step, sharding=over_batch)
-    result = evaluated(first_step) if first_step == total_steps else None
-    waiting = []
-    bar = tqdm(total=total_steps * config.batch_size, initial=first_step * config.batch_size, desc="train", unit=" images",
-               unit_scale=True, mininterval=0.5 if sys.stderr.isatty() else 30.0, disable=writer is None)
-    with bar:
+        result = evaluated(first_step) if first_step == total_steps else None
+        waiting = []
         for step in range(first_step + 1, total_steps + 1):
             state, metrics = train_step(state, next(batches))
             waiting.append(metrics)
-            if step % config.log_every_steps == 0 or step == total_steps:
+            last = step == total_steps
+            if step % log_every == 0 or step % save_every == 0 or last:
                 fetched = jax.device_get(waiting)
                 waiting = []
                 means = {name: float(sum(m[name] for m in fetched) / len(fetched)) for name in fetched[0]}
+                bar.set_postfix(loss=f"{means['loss']:.4f}", accuracy=f"{100 * means['accuracy']:.2f}%", refresh=False)
                 bar.update(len(fetched) * config.batch_size)
-                bar.set_postfix(loss=f"{means['loss']:.4f}", accuracy=f"{100 * means['accuracy']:.2f}%")
-                if writer:
-                    writer.write(step, "train", means)
-            if step % (config.eval_every_epochs * steps_per_epoch) == 0 or step == total_steps:
+                writer.write(step, "train", means)
+            if step % eval_every == 0 or last:
                 result = evaluated(step)
-            # After the evaluation: a checkpoint stands for a step whose figures are all written.
-            checkpoint.save(manager, state, {"step": step}, force=step == total_steps)
-    manager.close()
-    if writer:
-        writer.close()
-    print(evaluate.report(result), flush=True)
+                writer.write(step, "eval", result)
+            # After all its figures are written: a run that goes on from a checkpoint leaves no gap and no double.
+            checkpoint.save(manager, state, step, force=last)
+    say(evaluate.report(result))
     return result

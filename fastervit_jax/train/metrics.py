@@ -1,10 +1,12 @@
 """Where a run's figures and its config are kept: WORKDIR/metrics.jsonl, tensorboard/, config.json."""
 
+import contextlib
 import json
 import os
 import pathlib
 from typing import Any
 
+import jax
 import tensorboardX
 from ml_collections import ConfigDict
 
@@ -19,12 +21,11 @@ def _replace(path: pathlib.Path, text: str) -> None:
     os.replace(new, path)
 
 
-def claim_workdir(workdir: pathlib.Path, config: ConfigDict) -> None:
-    """Keep the resolved config in the workdir; if a run is there already, check that it has the same one."""
-    if (workdir / "config.json").exists():
+def claim_workdir(workdir: pathlib.Path, config: ConfigDict, *, started: bool) -> None:
+    """Keep the resolved config in the workdir; where a run has `started` to save, check that it is the same one."""
+    if started:
         check_config(workdir, config)
     else:
-        workdir.mkdir(parents=True, exist_ok=True)
         _replace(workdir / "config.json", json.dumps(json.loads(config.to_json()), indent=2) + "\n")
 
 
@@ -55,13 +56,16 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-class MetricWriter:
-    """Writes figures as lines of JSON and for TensorBoard.
+class MetricWriter(contextlib.AbstractContextManager):
+    """Writes figures as lines of JSON and for TensorBoard; only the first of several processes writes.
 
     A run that goes on from `first_step` drops what a killed one wrote for later steps.
     """
 
     def __init__(self, workdir: pathlib.Path, first_step: int):
+        self.enabled = jax.process_index() == 0
+        if not self.enabled:
+            return
         path = workdir / "metrics.jsonl"
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
         whole = [line for line in lines if line.endswith("\n")]
@@ -70,12 +74,15 @@ class MetricWriter:
         self.board = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step + 1)
 
     def write(self, step: int, prefix: str, figures: dict[str, float]) -> None:
+        if not self.enabled:
+            return
         named = {f"{prefix}/{name}": value for name, value in figures.items()}
         self.file.write(json.dumps({"step": step, **named}) + "\n")
         self.file.flush()
         for name, value in named.items():
             self.board.add_scalar(name, value, step)
 
-    def close(self) -> None:
-        self.file.close()
-        self.board.close()
+    def __exit__(self, *exception: Any) -> None:
+        if self.enabled:
+            self.file.close()
+            self.board.close()

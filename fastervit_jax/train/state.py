@@ -6,7 +6,6 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Int
 from ml_collections import ConfigDict
 
 from fastervit_jax.model.fastervit import FasterViT
@@ -15,9 +14,9 @@ from fastervit_jax.train.sharding import replicated
 
 @flax.struct.dataclass
 class TrainState:
-    """`step` counts updates; randomness is a function of it and the seed, so there is no key to carry."""
+    """`step`, an int32 scalar, counts updates. Randomness is a function of it and the seed: there is no key to carry."""
 
-    step: Int[Array, ""]
+    step: Any
     params: Any
     batch_stats: Any
     opt_state: optax.OptState

@@ -52,7 +52,7 @@ def make_train_step(
             "loss": loss,
             "accuracy": losses.in_top(logits, batch["label"], 1).mean(),
             "learning_rate": schedule(state.step),
-            "gradient_norm": optax.global_norm(grads),
+            "gradient_norm": optax.tree.norm(grads),
         }
         return TrainState(state.step + jnp.int32(1), params, batch_stats, opt_state), metrics
 

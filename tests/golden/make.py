@@ -30,7 +30,7 @@ with warnings.catch_warnings():
     import fastervit
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
-import cases
+import cases  # noqa: E402
 
 COMPUTED = ("relative_bias", "relative_coords_table", "relative_position_index", "num_batches_tracked")
 

@@ -1,0 +1,37 @@
+"""The command line that train.py and eval.py share. Importing this defines their flags."""
+
+import pathlib
+import sys
+from collections.abc import Callable
+
+from absl import app, flags, logging
+from ml_collections import ConfigDict, config_flags
+
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "The recipe, configs/digits.py if none is given; --config.a.b=value changes it.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run. Default: runs/, then the config's name.")
+
+
+def _parse(argv: list[str]) -> list[str]:
+    try:
+        return app.parse_flags_with_usage(argv)
+    except AttributeError as error:  # from ml_collections, for a key that the config does not have
+        raise AttributeError(f"unknown config key {error}. Only keys that the config file has can be changed, "
+                             "with --config.KEY=VALUE; look them up there, and those of the model in "
+                             "fastervit_jax.ModelConfig.") from error
+
+
+def run(main: Callable[[ConfigDict, pathlib.Path], None]) -> None:
+    """Parse the command line and call main(config, workdir)."""
+    argv = list(sys.argv)
+    if not any(arg.lstrip("-").split("=")[0] == "config" for arg in argv[1:]):
+        argv.insert(1, "--config=configs/digits.py")
+
+    def start(rest: list[str]) -> None:
+        if len(rest) > 1:
+            raise app.UsageError(f"unexpected arguments {rest[1:]}: settings are given as --config.a.b=value")
+        config = _CONFIG.value
+        main(config, pathlib.Path(_WORKDIR.value or f"runs/{config.name}"))
+
+    flags.FLAGS.verbosity = logging.WARNING  # unless given; orbax tells of every step of every save
+    app.run(start, argv=argv, flags_parser=_parse)

@@ -1,0 +1,25 @@
+"""A training run small enough for tests: digits, HAT blocks with carriers, seconds on a CPU."""
+
+import json
+import pathlib
+
+from ml_collections import ConfigDict
+
+from configs import digits
+
+CHANGES = {
+    "batch_size": 64, "epochs": 2, "learning_rate": 2e-3, "warmup_epochs": 1, "log_every_steps": 4,
+    "eval_every_epochs": 1, "model.dim": 8, "model.in_dim": 8, "model.depths": (1, 1, 1, 1),
+}  # fmt: skip
+FLAGS = [f"--config.{key}={value}" for key, value in CHANGES.items()]
+
+
+def config(**changes) -> ConfigDict:
+    config = digits.get_config()
+    config.update_from_flattened_dict({**CHANGES, **changes})
+    return config
+
+
+def lines(workdir: pathlib.Path) -> list[dict]:
+    """What the run wrote into metrics.jsonl."""
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]

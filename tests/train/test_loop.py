@@ -1,0 +1,157 @@
+"""The real loop on real digits: it learns, compiles once, resumes exactly, and is the same on 8 devices."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from fastervit_jax.train import loop
+from tests.train import runs
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Workdir and result of an uninterrupted run on all devices."""
+    workdir = tmp_path_factory.mktemp("whole")
+    return workdir, loop.train(runs.config(), workdir)
+
+
+def test_it_learns_and_says_so(whole):
+    workdir, result = whole
+    written = runs.lines(workdir)
+    losses = [line["train/loss"] for line in written if "train/loss" in line]
+    assert len(losses) == 12  # 2 epochs of 22 steps: every 4th step and the end of each epoch
+    assert losses[0] > 2.2
+    assert losses[-1] < 2.0
+    evaluations = [line for line in written if "eval/acc1" in line]
+    assert [line["step"] for line in evaluations] == [22, 44]
+    assert evaluations[-1] == {"step": 44, **{f"eval/{name}": value for name, value in result.items()}}
+    assert result["acc1"] > 60
+    assert result["images"] == 355
+    saved = json.loads((workdir / "config.json").read_text())
+    assert saved["model"]["dim"] == 8
+    assert saved["clip_norm"] == 5.0
+
+
+def test_eight_devices_give_the_same_curve(whole, tmp_path):
+    assert jax.device_count() == 8
+    result = loop.train(runs.config(), tmp_path, jax.devices()[:1])
+    one, eight = runs.lines(tmp_path), runs.lines(whole[0])
+    assert [line["step"] for line in one] == [line["step"] for line in eight]
+    for a, b in zip(one, eight, strict=True):
+        if "train/loss" in a:
+            np.testing.assert_allclose(a["train/loss"], b["train/loss"], rtol=1e-4)
+    assert result["acc1"] == pytest.approx(whole[1]["acc1"], abs=0.6)  # two images
+
+
+class Stopped(Exception):
+    pass
+
+
+@pytest.mark.parametrize("stop", [3, 33])  # before the first checkpoint, and between two
+def test_stopped_anywhere_it_ends_the_same(stop, whole, tmp_path, monkeypatch):
+    make_train_step = loop.make_train_step
+
+    def make_stopping_step(*args):
+        train_step = make_train_step(*args)
+
+        def step(state, batch):
+            if int(state.step) == stop:
+                raise Stopped
+            return train_step(state, batch)
+
+        return step
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "make_train_step", make_stopping_step)
+        with pytest.raises(Stopped):
+            loop.train(runs.config(), tmp_path)
+    assert loop.train(runs.config(), tmp_path) == whole[1]
+    assert runs.lines(tmp_path) == runs.lines(whole[0])
+    # And once more: nothing is left to do.
+    assert loop.train(runs.config(), tmp_path) == whole[1]
+    assert runs.lines(tmp_path) == runs.lines(whole[0])
+
+
+def test_one_compilation_and_no_implicit_transfer(tmp_path, monkeypatch):
+    make_train_step = loop.make_train_step
+    made = []
+
+    def make_guarded_step(*args):
+        made.append(make_train_step(*args))
+
+        def step(state, batch):
+            with jax.transfer_guard("disallow"):
+                return made[0](state, batch)
+
+        return step
+
+    monkeypatch.setattr(loop, "make_train_step", make_guarded_step)
+    loop.train(runs.config(epochs=1), tmp_path)
+    assert made[0]._cache_size() == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch_size": 2048}, r"config.batch_size=2048: larger than the 1442 training images"),
+        ({"batch_size": 12}, r"batch size 12 does not divide over 8 devices"),
+        ({"eval_every_epochs": 0}, r"config.eval_every_epochs=0: expected at least 1"),
+        ({"data.source": "mnist"}, r"unknown data source 'mnist'"),
+        ({"model.ct_size": 3}, r"ct_size=3: .*expected ct_size ≤ 2"),
+    ],
+)
+def test_bad_config_leaves_the_workdir_free(changes, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        loop.train(runs.config(**changes), tmp_path)
+    assert not (tmp_path / "config.json").exists()
+
+
+def command(script, workdir, *flags):
+    environment = {**os.environ, "JAX_DEFAULT_MATMUL_PRECISION": "highest"}
+    return subprocess.Popen([sys.executable, script, f"--workdir={workdir}", *runs.FLAGS, *flags], cwd=ROOT,
+                            env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def output(process):
+    out, error = process.communicate()
+    assert process.returncode == 0, error
+    return out
+
+
+def test_commands_survive_kill_9(whole, tmp_path):
+    workdir = tmp_path / "run"
+    killed = command("train.py", workdir)
+    deadline = time.monotonic() + 300
+    while not (workdir / "checkpoints" / "22").exists():
+        assert killed.poll() is None, killed.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    killed.send_signal(signal.SIGKILL)
+    killed.communicate()
+
+    out = output(command("train.py", workdir))
+    assert "going on after step 22" in out
+    assert runs.lines(workdir) == runs.lines(whole[0])
+    report = out.splitlines()[-1]
+    evaluated = output(command("eval.py", workdir)).splitlines()
+    assert evaluated[-2] == report
+    result = json.loads(evaluated[-1])
+    assert result == {"name": "digits", "split": "validation", "step": 44, **whole[1]}
+
+
+def test_command_line_errors(tmp_path):
+    process = command("train.py", tmp_path, "--config.model.ctsize=2")
+    _, error = process.communicate()
+    assert process.returncode != 0
+    assert 'AttributeError: unknown config key' in error
+    assert 'Did you mean "ct_size"' in error
