@@ -6,7 +6,9 @@ import tempfile
 # Before JAX starts. Where JAX runs on an accelerator the flag changes nothing.
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
 # Several tests start the same run: one of them compiles. The folder is new in every session.
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="fastervit_jax_tests_"))
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    COMPILED = tempfile.TemporaryDirectory(prefix="fastervit_jax_tests_")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = COMPILED.name
 
 import jax
 import pytest

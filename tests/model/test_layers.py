@@ -110,3 +110,24 @@ def test_initial_values(key):
             np.testing.assert_allclose(value, expected, err_msg=path)
     for path, value in flatten_dict(variables["batch_stats"], sep="/").items():
         np.testing.assert_array_equal(value, 1.0 if path.endswith("var") else 0.0)
+
+
+def test_epsilons():
+    # They differ by less than the parity cases can tell apart where activations are of order one.
+    seen = {}
+
+    def record(next_function, args, kwargs, context):
+        if isinstance(context.module, BatchNorm | nn.LayerNorm):
+            seen["/".join(context.module.path)] = context.module.epsilon
+        return next_function(*args, **kwargs)
+
+    images = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
+    for last in (False, True):
+        model = fv.create_model("testing", layer_norm_last=last)
+        with nn.intercept_methods(record):
+            jax.eval_shape(model.init, jax.random.key(0), images)
+        assert seen.pop("norm") == (1e-6 if last else 1e-5)
+    for path, epsilon in seen.items():
+        expected = 1e-4 if path.startswith("stem") else 1e-6 if path.startswith("downsamples") else 1e-5
+        assert epsilon == expected, path
+    assert len(seen) == 2 + 2 * 2 + 3 + 3 * 4  # stem, conv blocks, downsamplers, HAT blocks
