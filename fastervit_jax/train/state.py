@@ -14,7 +14,7 @@ from fastervit_jax.train.sharding import replicated
 
 @flax.struct.dataclass
 class TrainState:
-    """`step`, an int32 scalar, counts updates. Randomness is a function of it and the seed: there is no key to carry."""
+    """`step`, an int32 scalar, counts updates; it and the seed determine all randomness, so no key is carried."""
 
     step: Any
     params: Any

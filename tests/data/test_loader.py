@@ -24,7 +24,7 @@ def train(first_step=0, seed=0, **changes):
 
 
 def test_an_epoch_has_every_image_once():
-    seen = sum(labels(train(), 5), [])  # 80 images: two epochs of 40, over the ends of batches
+    seen = np.concatenate(labels(train(), 5)).tolist()  # 80 images: two epochs of 40, over the ends of batches
     assert sorted(seen[:40]) == sorted(seen[40:]) == list(range(40))
     assert seen[:40] != seen[40:]
     assert seen[:40] != list(range(40))
