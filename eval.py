@@ -29,7 +29,7 @@ def main(config: ConfigDict, workdir: pathlib.Path) -> None:
     model = FasterViT(ModelConfig(**config.model))
     abstract = jax.eval_shape(lambda: init_variables(model, config))
     step, variables = checkpoint.restore_variables(workdir, abstract, sharding.replicated(mesh))
-    source = sources.make_source(config.data.source, SPLIT.value, config.data.image_size)
+    source = sources.make_source(config, SPLIT.value)
     batches = loader.eval_batches(source, batch_size=config.batch_size, sharding=sharding.over_batch(mesh))
     result = evaluate.evaluate(evaluate.make_eval_step(model, config, mesh), variables, batches)
     print(evaluate.report(result))

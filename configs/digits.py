@@ -1,6 +1,8 @@
 """A small FasterViT on scikit-learn's 1,797 handwritten digits: real images, no download, minutes on a CPU.
 
     python train.py --config=configs/digits.py --workdir=runs/digits
+
+COST
 """
 
 from ml_collections import ConfigDict
@@ -28,7 +30,7 @@ def get_config() -> ConfigDict:
 
     config.batch_size = 64
     config.epochs = 30
-    config.learning_rate = 2e-3
+    config.learning_rate = 5e-4
     config.warmup_learning_rate = 1e-6
     config.final_learning_rate = 1e-5
     config.warmup_epochs = 3

@@ -7,16 +7,18 @@ import numpy as np
 import scipy.ndimage
 import sklearn.datasets
 from jaxtyping import Int, UInt8
+from ml_collections import ConfigDict
 
 SPLITS = ("train", "validation")
 
 
 @dataclasses.dataclass(frozen=True)
 class ArraySource:
-    """Images that fit in memory, n of them."""
+    """Images that fit in memory, n of them, with labels from 0 to num_classes - 1."""
 
     images: UInt8[np.ndarray, "n h w c"]
     labels: Int[np.ndarray, "n"]
+    num_classes: int
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -38,16 +40,26 @@ def digits(split: str, image_size: int) -> ArraySource:
     zoom = image_size / 8
     images = scipy.ndimage.zoom(data.images[chosen] * (255 / 16), (1, zoom, zoom), order=1, mode="nearest",
                                 grid_mode=True)
-    return ArraySource(np.rint(images).astype(np.uint8)[..., None], data.target[chosen].astype(np.int32))
+    return ArraySource(np.rint(images).astype(np.uint8)[..., None], data.target[chosen].astype(np.int32), 10)
 
 
 SOURCES = {"digits": digits}
 
 
-def make_source(name: str, split: str, image_size: int) -> ArraySource:
-    """The source `name`, one of SOURCES, one of the SPLITS. Raises ValueError for another name or split."""
+def make_source(config: ConfigDict, split: str) -> ArraySource:
+    """The split, one of SPLITS, of the source that config.data names, one of SOURCES.
+
+    Raises ValueError for another name or split, or if the model's channels and classes are not the source's.
+    """
+    name = config.data.source
     if name not in SOURCES:
         raise ValueError(f"unknown data source {name!r} (config.data.source): expected one of {sorted(SOURCES)}")
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}: expected one of {SPLITS}")
-    return SOURCES[name](split, image_size)
+    source = SOURCES[name](split, config.data.image_size)
+    for knob, given, expected in (("in_chans", config.model.in_chans, source.images.shape[-1]),
+                                  ("num_classes", config.model.num_classes, source.num_classes)):
+        if given != expected:
+            raise ValueError(f"config.model.{knob}={given}: {name} has {expected}; give "
+                             f"--config.model.{knob}={expected}")
+    return source

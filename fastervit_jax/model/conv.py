@@ -13,19 +13,36 @@ from jaxtyping import Array, Float
 from fastervit_jax.model.attention import drop_path, layer_norm, layer_scale, scaled
 
 
-def conv3x3(features: int, *, dtype: Any, name: str, fan_in: int, stride: int = 1, use_bias: bool = True,
-            groups: int = 1) -> nn.Conv:
-    """3×3 convolution that pads one pixel on every side, with PyTorch's initialisation, uniform ±1/sqrt(9 fan_in).
+class Conv3x3(nn.Module):
+    """3×3 convolution that pads one pixel on every side, with PyTorch's initialisation, uniform ±1/sqrt(fan_in).
 
-    `fan_in`: input channels that each output channel sees.
+    `train`: a batch norm on batch statistics follows, which takes the bias out again. Its gradient is
+    then zero, and is not computed: what comes out is rounding noise, which Adam turns into steps.
     """
-    limit = (9 * fan_in) ** -0.5
 
-    def uniform(key: Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Array:
-        return jax.random.uniform(key, shape, dtype, -limit, limit)
+    features: int
+    dtype: Any
+    stride: int = 1
+    use_bias: bool = True
+    groups: int = 1
 
-    return nn.Conv(features, (3, 3), (stride, stride), padding=1, use_bias=use_bias, feature_group_count=groups,
-                   dtype=dtype, kernel_init=uniform, bias_init=uniform, name=name)
+    @nn.compact
+    def __call__(self, x: Float[Array, "b h w i"], train: bool = False) -> Float[Array, "b high wide o"]:
+        seen = x.shape[-1] // self.groups
+        limit = (9 * seen) ** -0.5
+
+        def uniform(key: Array, shape: tuple[int, ...]) -> Array:
+            return jax.random.uniform(key, shape, jnp.float32, -limit, limit)
+
+        kernel = self.param("kernel", uniform, (3, 3, seen, self.features))
+        x = jax.lax.conv_general_dilated(
+            x.astype(self.dtype), kernel.astype(self.dtype), (self.stride, self.stride), ((1, 1), (1, 1)),
+            dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=self.groups)
+        if not self.use_bias:
+            return x
+        bias = self.param("bias", uniform, (self.features,))
+        bias = jax.lax.stop_gradient(bias) if train else bias
+        return x + bias.astype(self.dtype)[None, None, None]
 
 
 class BatchNorm(nn.Module):
@@ -53,7 +70,7 @@ class BatchNorm(nn.Module):
             if count < 2:
                 raise ValueError(f"batch norm got one value a channel, shape {x.shape}: training needs at least two; "
                                  "use a larger batch or larger images")
-            # One pass over x: the running mean as pivot keeps E[d²] - E[d]² from cancelling.
+            # One pass over x: with a pivot near the mean, E[d²] - E[d]² does not cancel.
             pivot = mean
             d = x - pivot[None, None, None]
             d_mean = d.mean((0, 1, 2))
@@ -70,16 +87,15 @@ class BatchNorm(nn.Module):
 class Stem(nn.Module):
     """Two strided convolutions, each with batch norm and ReLU: stride 4."""
 
-    in_chans: int
     in_dim: int
     dim: int
     dtype: Any
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w i"], train: bool) -> Float[Array, "b (h+3)//4 (w+3)//4 c"]:
-        x = conv3x3(self.in_dim, fan_in=self.in_chans, stride=2, use_bias=False, dtype=self.dtype, name="conv1")(x)
+        x = Conv3x3(self.in_dim, self.dtype, stride=2, use_bias=False, name="conv1")(x)
         x = nn.relu(BatchNorm(1e-4, self.dtype, name="norm1")(x, train))
-        x = conv3x3(self.dim, fan_in=self.in_dim, stride=2, use_bias=False, dtype=self.dtype, name="conv2")(x)
+        x = Conv3x3(self.dim, self.dtype, stride=2, use_bias=False, name="conv2")(x)
         return nn.relu(BatchNorm(1e-4, self.dtype, name="norm2")(x, train))
 
 
@@ -93,9 +109,9 @@ class ConvBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"], train: bool) -> Float[Array, "b h w c"]:
-        y = conv3x3(self.width, fan_in=self.width, dtype=self.dtype, name="conv1")(x)
+        y = Conv3x3(self.width, self.dtype, name="conv1")(x, train)
         y = nn.gelu(BatchNorm(1e-5, self.dtype, name="norm1")(y, train), approximate=False)
-        y = conv3x3(self.width, fan_in=self.width, dtype=self.dtype, name="conv2")(y)
+        y = Conv3x3(self.width, self.dtype, name="conv2")(y, train)
         y = BatchNorm(1e-5, self.dtype, name="norm2")(y, train)
         gamma = layer_scale(self, "gamma", self.layer_scale, self.width)
         return x + drop_path(self.drop_path_rate, 1, train, scaled(y, gamma))
@@ -125,4 +141,4 @@ class Downsample(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b (h+1)//2 (w+1)//2 2*c"]:
         x = layer_norm(1e-6, dtype=self.dtype, name="norm")(x)
-        return conv3x3(2 * self.width, fan_in=self.width, stride=2, use_bias=False, dtype=self.dtype, name="conv")(x)
+        return Conv3x3(2 * self.width, self.dtype, stride=2, use_bias=False, name="conv")(x)

@@ -32,6 +32,9 @@ class FasterViT(nn.Module):
     With `train=True`, batch norms use the batch's statistics (apply with `mutable=["batch_stats"]`
     to keep the running ones), and drop path and dropout draw from the rng `dropout`.
 
+    `init` makes all parameters whatever the image; the output of `init_with_output` differs from `apply`'s
+    where a stage has `hat` set and a single window.
+
     Raises ValueError for images of the wrong rank, channel count or size, TypeError for images that
     are not floating point.
     """
@@ -42,7 +45,7 @@ class FasterViT(nn.Module):
         c = self.config
         rates = np.linspace(0.0, c.drop_path_rate, sum(c.depths)).tolist()
         rates = [tuple(rates[sum(c.depths[:i]) : sum(c.depths[: i + 1])]) for i in range(4)]
-        self.stem = Stem(c.in_chans, c.in_dim, c.dim, c.dtype)
+        self.stem = Stem(c.in_dim, c.dim, c.dtype)
         self.stages = [
             *(ConvStage(c.widths[i], c.layer_scale_conv, rates[i], c.dtype) for i in (0, 1)),
             *(
@@ -104,10 +107,10 @@ class FasterViT(nn.Module):
             raise ValueError(f"images have shape {images.shape}, rank {images.ndim}: {expected}{hint}")
         if images.shape[3] != channels:
             if images.shape[1] == channels:
-                hint = "channels come last: images.transpose(0, 2, 3, 1)"
+                hint = "channels last: images.transpose(0, 2, 3, 1)"
             else:
-                hint = "or create the model with in_chans="
-            raise ValueError(f"images have shape {images.shape}, {images.shape[3]} channels: {expected}; {hint}")
+                hint = f"or create the model with in_chans={images.shape[3]}"
+            raise ValueError(f"images have shape {images.shape}, {images.shape[3]} channels: {expected}, {hint}")
         if not jnp.issubdtype(images.dtype, jnp.floating):
             raise TypeError(f"images have dtype {images.dtype}: {expected}; scale pixels to floats and normalise them")
         if min(images.shape[1:3]) < SMALLEST_SIDE:
@@ -127,5 +130,6 @@ def create_model(name: str, **changes: Any) -> FasterViT:
     known = [field.name for field in dataclasses.fields(ModelConfig)]
     unknown = sorted(set(changes) - set(known))
     if unknown:
-        raise TypeError(f"create_model got unknown keywords: {', '.join(unknown)}; known are {', '.join(known)}")
+        hint = "; every model takes images of any size, without a resolution" if "resolution" in unknown else ""
+        raise TypeError(f"create_model got unknown keywords: {', '.join(unknown)}; known are {', '.join(known)}{hint}")
     return FasterViT(dataclasses.replace(get_variant(name).config, **changes))

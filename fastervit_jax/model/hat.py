@@ -17,7 +17,7 @@ from einops import rearrange
 from jaxtyping import Array, Float
 
 from fastervit_jax.model.attention import MLP, Attention, drop_path, layer_norm, layer_scale, scaled
-from fastervit_jax.model.conv import conv3x3
+from fastervit_jax.model.conv import Conv3x3
 from fastervit_jax.model.position import AbsolutePosition
 
 
@@ -62,7 +62,7 @@ class CarrierInit(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b n k c"]:
-        x = conv3x3(self.width, fan_in=1, groups=self.width, dtype=self.dtype, name="conv")(x)
+        x = Conv3x3(self.width, self.dtype, groups=self.width, name="conv")(x)
         return partition(average_pool(x, self.window, self.ct_size), self.ct_size)
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import fnmatch
+import math
 import numbers
 from typing import Any, no_type_check
 
@@ -63,7 +64,7 @@ class ModelConfig:
         for name in ("depths", "num_heads", "window_size", "hat"):
             value = getattr(self, name)
             if not isinstance(value, list | tuple) or len(value) != 4:
-                raise ValueError(f"{name}={value!r}: expected 4 values, one for each stage")
+                raise ValueError(f"{name}={value!r}: expected a list or tuple of 4 values, one for each stage")
             object.__setattr__(self, name, tuple(value))
         for name in ("dim", "in_dim", "ct_size", "in_chans"):
             self._check(name, getattr(self, name), int, "a whole number of at least 1", lambda v: v >= 1)
@@ -77,7 +78,11 @@ class ModelConfig:
         if self.hat[0] or self.hat[1]:
             raise ValueError(f"hat={self.hat!r}: stages 0 and 1 are convolutional and cannot have carrier tokens; "
                              "expected (False, False, ..., ...)")
-        self._check("mlp_ratio", self.mlp_ratio, float, "a positive number", lambda v: v > 0)
+        for name in ("qkv_bias", "do_propagation", "layer_norm_last"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}={getattr(self, name)!r}: expected True or False")
+        self._check("mlp_ratio", self.mlp_ratio, float, f"a number of at least 1 / {self.widths[2]}, stage 2's width",
+                    lambda v: v * self.widths[2] >= 1)
         for name in ("drop_path_rate", "drop_rate", "attn_drop_rate"):
             self._check(name, getattr(self, name), float, "a rate in [0, 1)", lambda v: 0 <= v < 1)
         for name in ("layer_scale", "layer_scale_conv"):
@@ -91,20 +96,24 @@ class ModelConfig:
             if self.hat[stage] and self.ct_size > window:
                 raise ValueError(f"ct_size={self.ct_size}: more carrier tokens a side than stage {stage}'s window of "
                                  f"{window} tokens (window_size={self.window_size!r}); expected ct_size ≤ {window}")
-        try:
-            dtype = jnp.dtype(self.dtype)
-        except TypeError:
-            dtype = jnp.dtype(object)
-        if not jnp.issubdtype(dtype, jnp.floating):
-            raise ValueError(f"dtype={self.dtype!r}: expected a floating dtype such as 'float32' or 'bfloat16'")
-        object.__setattr__(self, "dtype", dtype.name)
+        for dtype in ("float32", "bfloat16", "float16"):
+            if self.dtype in (dtype, jnp.dtype(dtype), jnp.dtype(dtype).type, getattr(jnp, dtype)):
+                object.__setattr__(self, "dtype", dtype)
+                break
+        else:
+            raise ValueError(f"dtype={self.dtype!r}: expected 'float32', 'bfloat16' or 'float16'")
 
     def _check(self, name: str, value: Any, kind: type, expected: str, valid: Any) -> None:
         accepted = numbers.Integral if kind is int else numbers.Real
-        if isinstance(value, bool) or not isinstance(value, accepted) or not valid(value):
+        if isinstance(value, bool) or not isinstance(value, accepted) or not (math.isfinite(value) and valid(value)):
             raise ValueError(f"{name}={getattr(self, name)!r}: expected {expected}")
         if kind is float:
             object.__setattr__(self, name, float(value))
+
+    def windows(self, stage: int, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of windows that images of height × width pixels have in stage 2 or 3."""
+        stride, window = 4 * 2**stage, self.window_size[stage]
+        return math.ceil(math.ceil(height / stride) / window), math.ceil(math.ceil(width / stride) / window)
 
     @property
     def widths(self) -> tuple[int, int, int, int]:
@@ -177,7 +186,7 @@ def list_models(pattern: str = "*") -> list[str]:
 def get_variant(name: str) -> Variant:
     """The variant of a registered name. Raises ValueError naming the nearest ones if there is none."""
     if not isinstance(name, str) or ANY_RES.get(name, name) not in VARIANTS:
-        near = difflib.get_close_matches(str(name), list_models(), n=3, cutoff=0.3)
+        near = difflib.get_close_matches(str(name), list_models("faster_vit_*"), n=3, cutoff=0.3)
         hint = f"did you mean {' or '.join(near)}? " if near else ""
         raise ValueError(f"unknown model {name!r}: {hint}list_models() names all {len(list_models())}")
     return VARIANTS[ANY_RES.get(name, name)]

@@ -1,1 +1,1 @@
-"""Operations with more than one implementation behind one function."""
+"""Operations that the model calls through one function each, whatever computes them."""

@@ -24,7 +24,7 @@ def _parse(argv: list[str]) -> list[str]:
 def run(main: Callable[[ConfigDict, pathlib.Path], None]) -> None:
     """Parse the command line and call main(config, workdir)."""
     argv = list(sys.argv)
-    if not any(arg.lstrip("-").split("=")[0] == "config" for arg in argv[1:]):
+    if not any(arg.split("=")[0] in ("-config", "--config") for arg in argv[1:]):
         argv.insert(1, "--config=configs/digits.py")
 
     def start(rest: list[str]) -> None:

@@ -19,19 +19,33 @@ from fastervit_jax.train.state import create_state
 from fastervit_jax.train.step import make_train_step
 
 
+def check(config: ConfigDict) -> None:
+    """Raises ValueError for settings that cannot be, or that would have no effect."""
+    at_least = {"seed": 0, "warmup_epochs": 0, "batch_size": 1, "epochs": 1, "log_every_steps": 1,
+                "eval_every_epochs": 1, "checkpoint_every_epochs": 1, "keep_checkpoints": 1}
+    for name, least in at_least.items():
+        if config[name] < least:
+            raise ValueError(f"config.{name}={config[name]}: expected at least {least}")
+    model, size = ModelConfig(**config.model), config.data.image_size
+    for stage in (2, 3):
+        if model.hat[stage] and model.windows(stage, size, size) == (1, 1):
+            raise ValueError(
+                f"config.model.hat={model.hat}: with images of {size} pixels stage {stage} has a single window of "
+                f"{model.window_size[stage]} tokens a side, so no carrier tokens; expected a smaller "
+                f"config.model.window_size[{stage}], a larger config.data.image_size, or False for the stage")
+
+
 def train(config: ConfigDict, workdir: pathlib.Path, devices: list[jax.Device] | None = None) -> dict[str, Any]:
     """Train as `config` says, on all devices or the given ones, and return the last evaluation's result.
 
     A run that is in `workdir` already goes on from its last checkpoint; a finished one is evaluated again.
     Raises ValueError if the run there has another config.
     """
-    for name in ("batch_size", "epochs", "log_every_steps", "eval_every_epochs", "checkpoint_every_epochs"):
-        if config[name] < 1:
-            raise ValueError(f"config.{name}={config[name]}: expected at least 1")
+    check(config)
     mesh = sharding.make_mesh(devices)
     over_batch = sharding.over_batch(mesh)
-    train_source = sources.make_source(config.data.source, "train", config.data.image_size)
-    eval_source = sources.make_source(config.data.source, "validation", config.data.image_size)
+    train_source = sources.make_source(config, "train")
+    eval_source = sources.make_source(config, "validation")
     steps_per_epoch = len(train_source) // config.batch_size
     if steps_per_epoch == 0:
         raise ValueError(f"config.batch_size={config.batch_size}: larger than the {len(train_source)} training images")
@@ -75,6 +89,9 @@ def train(config: ConfigDict, workdir: pathlib.Path, devices: list[jax.Device] |
         for step in range(first_step + 1, total_steps + 1):
             state, metrics = train_step(state, next(batches))
             waiting.append(metrics)
+            if step == first_step + 1:
+                jax.block_until_ready(metrics)
+                bar.unpause()  # the compilation does not count in images/s and time left
             last = step == total_steps
             if step % log_every == 0 or step % save_every == 0 or last:
                 fetched = jax.device_get(waiting)

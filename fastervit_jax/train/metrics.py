@@ -25,7 +25,7 @@ def claim_workdir(workdir: pathlib.Path, config: ConfigDict, *, started: bool) -
     """Keep the resolved config in the workdir; where a run has `started` to save, check that it is the same one."""
     if started:
         check_config(workdir, config)
-    else:
+    elif jax.process_index() == 0:
         _replace(workdir / "config.json", json.dumps(json.loads(config.to_json()), indent=2) + "\n")
 
 
@@ -36,7 +36,8 @@ def check_config(workdir: pathlib.Path, config: ConfigDict, parts: tuple[str, ..
     """
     path = workdir / "config.json"
     if not path.exists():
-        raise FileNotFoundError(f"no run in {workdir}: expected {path}, which train.py writes")
+        raise FileNotFoundError(f"no config.json in {workdir}: expected the one that train.py writes at the start of a "
+                                "run; put it back, or give another --workdir")
     mine, theirs = _flat(json.loads(config.to_json())), _flat(json.loads(path.read_text()))
     missing = object()
     different = [
@@ -45,8 +46,9 @@ def check_config(workdir: pathlib.Path, config: ConfigDict, parts: tuple[str, ..
         if key.startswith(parts) and mine.get(key, missing) != theirs.get(key, missing)
     ]
     if different:
-        raise ValueError("\n".join([f"{workdir} holds a run with another config:", *different,
-                                    "Give the same config to go on with it, or another --workdir."]))
+        raise ValueError("\n".join([
+            f"{workdir} holds a run with another config:", *different,
+            "Give the same config, with the same --config.KEY=VALUE changes, or another --workdir."]))
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -68,10 +70,19 @@ class MetricWriter(contextlib.AbstractContextManager):
             return
         path = workdir / "metrics.jsonl"
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        whole = [line for line in lines if line.endswith("\n")]
-        _replace(path, "".join(line for line in whole if json.loads(line)["step"] <= first_step))
+        if lines and not lines[-1].endswith("\n"):
+            lines.pop()  # killed while it was written
+        _replace(path, "".join(line for line in lines if self._step(path, line) <= first_step))
         self.file = path.open("a")
         self.board = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step + 1)
+
+    @staticmethod
+    def _step(path: pathlib.Path, line: str) -> int:
+        try:
+            return json.loads(line)["step"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} has a line that is no line of figures: {line!r}; mend it or move the file "
+                             "away") from error
 
     def write(self, step: int, prefix: str, figures: dict[str, float]) -> None:
         if not self.enabled:

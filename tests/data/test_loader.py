@@ -11,7 +11,7 @@ from fastervit_jax.data.sources import ArraySource
 from fastervit_jax.train import sharding
 
 OVER_BATCH = sharding.over_batch(sharding.make_mesh())
-SOURCE = ArraySource(np.arange(40, dtype=np.uint8).reshape(40, 1, 1, 1), np.arange(40, dtype=np.int32))
+SOURCE = ArraySource(np.arange(40, dtype=np.uint8).reshape(40, 1, 1, 1), np.arange(40, dtype=np.int32), 40)
 
 
 def labels(batches, count=None):

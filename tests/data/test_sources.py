@@ -5,10 +5,11 @@ import pytest
 import sklearn.datasets
 
 from fastervit_jax.data import sources
+from tests.train import runs
 
 
 def test_digits_split_is_fixed_and_stratified():
-    train, validation = (sources.make_source("digits", split, 8) for split in sources.SPLITS)
+    train, validation = (sources.digits(split, 8) for split in sources.SPLITS)
     assert (len(train), len(validation)) == (1442, 355)
     data = sklearn.datasets.load_digits()
     counts = np.bincount(data.target)
@@ -24,7 +25,7 @@ def test_digits_split_is_fixed_and_stratified():
 
 
 def test_digits_are_enlarged():
-    small, large = (sources.make_source("digits", "train", size) for size in (8, 64))
+    small, large = (sources.digits("train", size) for size in (8, 64))
     assert large.images.shape == (1442, 64, 64, 1)
     assert large.images.dtype == np.uint8
     # Bilinear: the four pixels around the middle of a scan's pixel lie 1/16 of a pixel to either side of it.
@@ -36,14 +37,21 @@ def test_digits_are_enlarged():
 
 
 def test_record():
-    record = sources.make_source("digits", "train", 16)[3]
+    record = sources.digits("train", 16)[3]
     assert record["image"].shape == (16, 16, 1)
     assert record["image"].dtype == np.uint8
     assert record["label"].dtype == np.int32
 
 
-def test_unknown_names():
-    with pytest.raises(ValueError, match=r"unknown data source 'mnist' .*expected one of \['digits'\]"):
-        sources.make_source("mnist", "train", 64)
-    with pytest.raises(ValueError, match=r"unknown split 'test': expected one of \('train', 'validation'\)"):
-        sources.make_source("digits", "test", 64)
+@pytest.mark.parametrize(
+    ("changes", "split", "message"),
+    [
+        ({"data.source": "mnist"}, "train", r"unknown data source 'mnist' .*expected one of \['digits'\]"),
+        ({}, "test", r"unknown split 'test': expected one of \('train', 'validation'\)"),
+        ({"model.in_chans": 3}, "train", r"config.model.in_chans=3: digits has 1; give --config.model.in_chans=1"),
+        ({"model.num_classes": 5}, "train", r"config.model.num_classes=5: digits has 10; give"),
+    ],
+)
+def test_what_does_not_fit(changes, split, message):
+    with pytest.raises(ValueError, match=message):
+        sources.make_source(runs.config(**changes), split)

@@ -10,24 +10,33 @@ from flax.traverse_util import flatten_dict
 import fastervit_jax as fv
 from fastervit_jax.model.attention import drop_path
 from fastervit_jax.model.conv import BatchNorm
+from fastervit_jax.model.hat import HATBlock
 from tests import official
 from tests.golden import cases
 
 
-def test_batch_norm_in_training(key):
-    # A mean far from zero: E[x²] - E[x]² alone would lose most digits.
-    x = jax.random.normal(key, (4, 3, 5, 2)) * 0.1 + jnp.asarray([100.0, -3.0])[None, None, None]
+@pytest.mark.parametrize(
+    ("shape", "mean", "deviation", "running"),
+    [
+        ((2, 1, 2, 2), (0.0, 1.0), 2.0, (0.0, 0.0)),  # few values: the unbiased variance is 4/3 of the biased one
+        ((4, 3, 5, 2), (100.0, -300.0), 0.1, (99.0, -301.0)),  # far from zero: E[x²] - E[x]² would lose its digits
+    ],
+)
+def test_batch_norm_in_training(shape, mean, deviation, running, key):
+    x = jax.random.normal(key, shape) * deviation + jnp.asarray(mean)[None, None, None]
     norm = BatchNorm(1e-5, "float32")
     params = {"scale": jnp.asarray([2.0, 3.0]), "bias": jnp.asarray([0.5, -0.5])}
-    stats = {"mean": jnp.asarray([99.0, 0.0]), "var": jnp.asarray([2.0, 4.0])}
+    stats = {"mean": jnp.asarray(running), "var": jnp.asarray([0.02, 0.04])}
     y, updated = norm.apply({"params": params, "batch_stats": stats}, x, True, mutable=["batch_stats"])
 
-    exact = np.asarray(x, np.float64)
-    mean, var = exact.mean((0, 1, 2)), exact.var((0, 1, 2))
-    np.testing.assert_allclose(y, (exact - mean) / np.sqrt(var + 1e-5) * [2, 3] + [0.5, -0.5], atol=2e-3)
-    np.testing.assert_allclose(updated["batch_stats"]["mean"], 0.9 * np.array([99, 0]) + 0.1 * mean, rtol=1e-6)
-    unbiased = var * 60 / 59
-    np.testing.assert_allclose(updated["batch_stats"]["var"], 0.9 * np.array([2, 4]) + 0.1 * unbiased, rtol=1e-5)
+    exact, count = np.asarray(x, np.float64), np.prod(shape[:3])
+    batch_mean, batch_var = exact.mean((0, 1, 2)), exact.var((0, 1, 2))
+    expected = (exact - batch_mean) / np.sqrt(batch_var + 1e-5) * [2, 3] + [0.5, -0.5]
+    np.testing.assert_allclose(y, expected, atol=1e-3)
+    updated = updated["batch_stats"]
+    np.testing.assert_allclose(updated["mean"], 0.9 * np.array(running) + 0.1 * batch_mean, rtol=1e-6)
+    unbiased = batch_var * count / (count - 1)
+    np.testing.assert_allclose(updated["var"], 0.9 * np.array([0.02, 0.04]) + 0.1 * unbiased, rtol=1e-4)
 
 
 def test_batch_norm_in_evaluation():
@@ -65,6 +74,36 @@ def test_drop_path_drops_whole_images_or_windows(axes, units, key):
     assert set(np.unique(kept)) == {0.0, np.float32(1 / 0.75)}
     assert 0.15 < (kept == 0).mean() < 0.35
     np.testing.assert_array_equal(Dropped(axes).apply({}, x, False), x)
+
+
+def test_drop_path_in_a_block(key):
+    # Four images of 2 × 2 windows, every token alike. Carrier branches drop for images, the others for windows.
+    rate = 0.5
+    block = HATBlock(width=4, heads=2, window=2, ct_size=1, mlp_ratio=1.0, qkv_bias=True, layer_scale=None,
+                     propagate=False, drop_path_rate=rate, drop_rate=0.0, attn_drop_rate=0.0, dtype="float32")
+    x, carriers = jnp.ones((64, 4, 4, 4)), jnp.ones((64, 4, 1, 4))
+    variables = block.init(key, x, carriers, 2, 2, False)
+
+    def zero(*names):
+        """The block without what these layers add, so that only the other branches show."""
+        params = {**variables["params"]}
+        for name in names:
+            params[name] = {**params[name], "out": jax.tree.map(jnp.zeros_like, params[name]["out"])}
+        for name in ("position", "carrier_position"):
+            params[name] = jax.tree.map(jnp.zeros_like, params[name])
+        for name in set(params) & {"attention", "mlp", "carrier_attention", "carrier_mlp"} - set(names):
+            params[name]["out"] = {"kernel": jnp.zeros_like(params[name]["out"]["kernel"]), "bias": jnp.ones(4)}
+        return {"params": params}
+
+    branches = {"attention", "mlp", "carrier_attention", "carrier_mlp"}
+    for branch in sorted(branches):
+        out, carriers_out = block.apply(zero(*branches - {branch}), x, carriers, 2, 2, True, rngs={"dropout": key})
+        added = np.asarray(carriers_out[:, :, 0, 0]) - 1  # 1 / rate where kept, 0 where dropped
+        assert set(np.unique(added)) == {0.0, 1 / rate}, branch
+        alike = (added == added[:, :1]).all()
+        assert alike == branch.startswith("carrier"), branch
+        if not alike:
+            np.testing.assert_array_equal(np.asarray(out) - 1, np.broadcast_to(added[:, :, None, None], out.shape))
 
 
 def test_drop_path_rates_grow_linearly():

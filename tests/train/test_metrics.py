@@ -37,6 +37,12 @@ def test_a_started_run_keeps_its_config(tmp_path):
     metrics.claim_workdir(tmp_path, other, started=True)
 
 
+def test_a_spoilt_line_is_named(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\nnot json\n')
+    with pytest.raises(ValueError, match=r"metrics.jsonl has a line that is no line of figures: 'not json"):
+        metrics.MetricWriter(tmp_path, 2)
+
+
 def test_no_run(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no run in .*: expected .*config.json, which train.py writes"):
+    with pytest.raises(FileNotFoundError, match=r"no config.json in .*: expected the one that train.py writes"):
         metrics.check_config(tmp_path, CONFIG)

@@ -9,6 +9,7 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from configs import common, digits
+from fastervit_jax.data import sources
 from fastervit_jax.model.fastervit import FasterViT
 from fastervit_jax.model.variants import VARIANTS, ModelConfig
 from fastervit_jax.train import evaluate, sharding
@@ -89,6 +90,22 @@ def test_digits_use_carrier_tokens(key):
     side = config.data.image_size // 16
     assert model.hat[2]
     assert side // model.window_size[2] >= 2  # windows a side
+
+
+def test_every_step_has_its_own_randomness(key):
+    # No drop path, no learning: what differs between two steps is the augmentation.
+    config = runs.config(**{"model.drop_path_rate": 0.0, "augment.shift": 0.3})
+    model = FasterViT(ModelConfig(**config.model))
+    optimizer, schedule = make_optimizer(config, steps_per_epoch=10)
+    train_step = make_train_step(model, optimizer, schedule, config, MESH)
+    image = sources.digits("train", 64)[0]
+    batch = {name: jnp.asarray(np.stack([x] * 64)) for name, x in image.items()}
+    losses = []
+    for step in (0, 1, 1):
+        state = create_state(model, optimizer, config, MESH)
+        losses.append(float(train_step(state.replace(step=jnp.int32(step)), batch)[1]["loss"]))
+    assert losses[1] == losses[2]
+    assert abs(losses[0] / losses[1] - 1) > 1e-5
 
 
 def test_evaluation_leaves_the_padding_out(key):
