@@ -2,7 +2,7 @@
 
     python train.py --config=configs/digits.py --workdir=runs/digits
 
-COST
+Under three minutes on 2 CPU cores; expect 99 % top-1 on the 355 validation images (figures in the README).
 """
 
 from ml_collections import ConfigDict
