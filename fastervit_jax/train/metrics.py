@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import tensorboardX
+from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
 # What may differ between the starts of one run: it changes neither the model nor the numbers.
@@ -38,7 +39,7 @@ def check_config(workdir: pathlib.Path, config: ConfigDict, parts: tuple[str, ..
     if not path.exists():
         raise FileNotFoundError(f"no config.json in {workdir}: expected the one that train.py writes at the start of a "
                                 "run; put it back, or give another --workdir")
-    mine, theirs = _flat(json.loads(config.to_json())), _flat(json.loads(path.read_text()))
+    mine, theirs = (flatten_dict(json.loads(text), sep=".") for text in (config.to_json(), path.read_text()))
     missing = object()
     different = [
         f"  {key}: there {theirs.get(key, 'nothing')!r}, given {mine.get(key, 'nothing')!r}"
@@ -49,13 +50,6 @@ def check_config(workdir: pathlib.Path, config: ConfigDict, parts: tuple[str, ..
         raise ValueError("\n".join([
             f"{workdir} holds a run with another config:", *different,
             "Give the same config, with the same --config.KEY=VALUE changes, or another --workdir."]))
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
-    for key, value in tree.items():
-        flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
-    return flat
 
 
 class MetricWriter(contextlib.AbstractContextManager):
