@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Shaped
 from fastervit_jax.model.attention import dense, layer_norm
 from fastervit_jax.model.conv import BatchNorm, ConvStage, Downsample, Stem
 from fastervit_jax.model.hat import HATStage
-from fastervit_jax.model.variants import ModelConfig, get_variant
+from fastervit_jax.model.variants import ModelConfig, check_keywords, get_variant
 
 SMALLEST_SIDE = 32
 """Pixels: the stride of the last stage."""
@@ -127,9 +127,5 @@ def create_model(name: str, **changes: Any) -> FasterViT:
     Raises ValueError for an unknown name (with the nearest ones) or values that fit no model,
     TypeError for a keyword that is no field of `ModelConfig`.
     """
-    known = [field.name for field in dataclasses.fields(ModelConfig)]
-    unknown = sorted(set(changes) - set(known))
-    if unknown:
-        hint = "; every model takes images of any size, without a resolution" if "resolution" in unknown else ""
-        raise TypeError(f"create_model got unknown keywords: {', '.join(unknown)}; known are {', '.join(known)}{hint}")
+    check_keywords("create_model", changes)
     return FasterViT(dataclasses.replace(get_variant(name).config, **changes))

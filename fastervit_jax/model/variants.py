@@ -5,6 +5,7 @@ import difflib
 import fnmatch
 import math
 import numbers
+from collections.abc import Mapping
 from typing import Any, no_type_check
 
 import jax.numpy as jnp
@@ -190,3 +191,12 @@ def get_variant(name: str) -> Variant:
         hint = f"did you mean {' or '.join(near)}? " if near else ""
         raise ValueError(f"unknown model {name!r}: {hint}list_models() names all {len(list_models())}")
     return VARIANTS[ANY_RES.get(name, name)]
+
+
+def check_keywords(caller: str, changes: Mapping[str, Any]) -> None:
+    """Raises TypeError, naming the known ones, for keywords that are no fields of `ModelConfig`."""
+    known = [field.name for field in dataclasses.fields(ModelConfig)]
+    unknown = sorted(set(changes) - set(known))
+    if unknown:
+        hint = "; every model takes images of any size, without a resolution" if "resolution" in unknown else ""
+        raise TypeError(f"{caller} got unknown keywords: {', '.join(unknown)}; known are {', '.join(known)}{hint}")

@@ -1,7 +1,7 @@
 """The one table of names, PyTorch ↔ Flax, and how an array changes on the way.
 
-Every parameter and batch statistic of the model has one name in each; the official state dict's
-buffers that are computed from coordinates have none here.
+Every parameter and batch statistic of the model has one name in each. The official state dict has two
+kinds of name besides: buffers that are computed (`COMPUTED`), and a second name of one convolution (`ALIAS`).
 """
 
 import re
@@ -53,6 +53,27 @@ LEAVES = {
     "kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var",
     "gamma": "gamma", "gamma1": "gamma1", "gamma2": "gamma2", "gamma3": "gamma3", "gamma4": "gamma4",
 }  # fmt: skip
+
+COMPUTED = ("relative_bias", "relative_coords_table", "relative_position_index", "num_batches_tracked")
+"""Last parts of the official names of buffers that are functions of parameters, coordinates or the run's length."""
+
+ALIAS = (".global_tokenizer.to_global_feature.pos.", ".global_tokenizer.pos_embed.")
+"""The official state dict lists the carrier initialiser's convolution under both, the same tensor."""
+
+PREFIXES = ("module.", "model.", "encoder.", "_orig_mod.")
+"""What wrappers put before the names: DataParallel, training frameworks, pretraining heads, torch.compile."""
+
+
+def without_prefixes(name: str) -> str:
+    """'module.encoder.head.weight' → 'head.weight'."""
+    while name.startswith(PREFIXES):
+        name = name.partition(".")[2]
+    return name
+
+
+def is_computed(name: str) -> bool:
+    """Whether an official name is that of a computed buffer."""
+    return name.rpartition(".")[2] in COMPUTED
 
 
 def pytorch_name(path: str) -> str:

@@ -40,8 +40,8 @@ class StoredArray:
     """Say that the values are not needed for now: a mapped file's pages leave memory. They can be read again."""
 
 
-RESAVE = ("With PyTorch, from a source you trust: state = torch.load(OLD, map_location='cpu', weights_only=False), then "
-          "torch.save({'state_dict': STATE_DICT}, NEW), where STATE_DICT is the part of `state` that holds the tensors")
+RESAVE = ("With PyTorch, if you trust the file: saved = torch.load(OLD, map_location='cpu', weights_only=False), then "
+          "torch.save({'state_dict': STATE_DICT}, NEW), where STATE_DICT is the part of `saved` that holds the tensors")
 
 # Larger pickles would take too much memory for what they say: a tensor takes about 150 bytes of it.
 LARGEST_PICKLE = 16 * 2**20
@@ -99,7 +99,7 @@ def _check_kind(path: pathlib.Path, head: bytes) -> None:
     if head.startswith((b"\x80", b"\x1f\x8b", b"BZh")) or b"ustar" in head:
         raise WeightsError("the format is that of PyTorch before 1.6, or of another program; expected the zip format. "
                            f"{RESAVE}")
-    raise WeightsError(f"this is no file of torch.save: it begins with {head[:8]!r}, expected {b'PK' + bytes([3, 4])!r}")
+    raise WeightsError(f"this is no file of torch.save: it begins with {head[:8]!r}, expected a zip archive's b'PK'")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,10 +187,11 @@ class _TorchFile:
             saved = _interpret(program, known, self.storage)
             if NOTE in self.records:
                 note = json.loads(self.bytes(NOTE, LARGEST_PICKLE))
+        except WeightsError:
+            raise
         # What a damaged program or note does to an interpreter that trusts it: all of these mean the same here.
-        except (LookupError, TypeError, ValueError, AttributeError, OverflowError, RecursionError, struct.error) as error:
-            if isinstance(error, WeightsError):
-                raise
+        except (LookupError, TypeError, ValueError, AttributeError, OverflowError, RecursionError,
+                struct.error) as error:
             raise WeightsError(f"the pickle in it is damaged ({type(error).__name__}: {error}): download or save it "
                                "again") from error
         if not isinstance(note, dict):
@@ -234,8 +235,8 @@ class _TorchFile:
         if any(type(n) is not int or n < 0 for n in (offset, *shape, *strides)) or len(shape) != len(strides):
             raise WeightsError(f"a tensor of shape {shape}, strides {strides} at {offset}: no such tensor can be")
         if flags:
-            raise WeightsError(f"a tensor marked as {', '.join(map(str, flags))}, to be computed when it is read; expected "
-                               "values, of .resolve_conj().resolve_neg()")
+            raise WeightsError(f"a tensor marked as {', '.join(map(str, flags))}, to be computed when it is read; "
+                               "expected values, of .resolve_conj().resolve_neg()")
         if len(shape) > 32:
             raise WeightsError(f"a tensor with {len(shape)} axes, expected at most 32")
         record = self.records[storage.record]

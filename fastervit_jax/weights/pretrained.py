@@ -1,0 +1,358 @@
+"""Weights from files into models, and from models into files.
+
+Every source is a mapping from official names to `StoredArray`, in PyTorch's layout, and every destination is written
+from one. Between them stand the name table of `names.py` and the inference of `architecture.py`.
+"""
+
+import dataclasses
+import json
+import logging
+import os
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from fastervit_jax.model import fastervit
+from fastervit_jax.model.fastervit import FasterViT
+from fastervit_jax.model.variants import ANY_RES, ModelConfig, check_keywords, get_variant
+from fastervit_jax.weights import architecture, names
+from fastervit_jax.weights.buffers import make_buffers
+from fastervit_jax.weights.sources import Source, open_source
+from fastervit_jax.weights.torch_file import NOTE, StoredArray, WeightsError, write_torch_file
+
+LOG = logging.getLogger("fastervit_jax")
+
+
+@dataclasses.dataclass
+class Report:
+    """What a load did, array by array, by official name; `str` of it is for people."""
+
+    source: str
+    derived: list[str] = dataclasses.field(default_factory=list)
+    """Buffers and doubles, which are computed here."""
+    head: list[str] = dataclasses.field(default_factory=list)
+    """Parameters of the head that are new, because the number of classes is."""
+    notes: list[str] = dataclasses.field(default_factory=list)
+    """What else was changed on the way."""
+    warnings: list[str] = dataclasses.field(default_factory=list)
+    """What was assumed, or is not quite what was asked for."""
+
+    def __str__(self) -> str:
+        lines = [f"{self.source}: loaded"]
+        if self.derived:
+            lines.append(f"derived: {len(self.derived)} buffers and doubles, recomputed")
+        if self.head:
+            lines.append(f"head: {', '.join(self.head)} initialised anew")
+        return "\n  ".join([*lines, *self.notes])
+
+    def log(self) -> None:
+        LOG.info("%s", self)
+        for warning in self.warnings:
+            LOG.warning("%s: %s", self.source, warning)
+
+
+# From a source into a model
+
+
+def abstract_variables(config: ModelConfig) -> dict[str, Any]:
+    """Shapes and dtypes of a model's variables, which depend on neither windows nor images."""
+    return jax.eval_shape(lambda: _initial(config, 0))
+
+
+def _initial(config: ModelConfig, seed: int) -> dict[str, Any]:
+    config = dataclasses.replace(config, window_size=(1, 1, 1, 1), ct_size=1)
+    return FasterViT(config).init(jax.random.key(seed), jnp.zeros((1, 32, 32, config.in_chans)))
+
+
+def fit(source: Source, config: ModelConfig, *, seed: int = 0) -> tuple[dict[str, StoredArray], Report]:
+    """The arrays of the model with this config by official name, in float32, and a report.
+
+    The head is new, drawn from `seed`, where its number of classes is not the source's. Other channels of the
+    images are met by summing the first convolution over its input channels (for one), or by repeating them,
+    scaled so that their sum stays (as timm does).
+
+    Raises WeightsError that lists every array that is missing, left over or of another shape.
+    """
+    abstract = abstract_variables(config)
+    wanted = {name: (path, _pytorch_shape(path, _leaf(abstract, collection, path).shape))
+              for name, (collection, path) in names.pytorch_names(abstract).items()}
+    report = Report(source.where, warnings=list(source.warnings))
+    left = dict(source.arrays)
+    replaced = {}
+
+    head = left.get("head.weight")
+    if config.num_classes and (head is None or head.shape[:1] != (config.num_classes,)):
+        report.head = ["head.weight", "head.bias"]
+        fresh = jax.jit(lambda: _initial(config, seed)["params"]["head"])()  # the compiler leaves out all the rest
+        replaced = {"head.weight": np.asarray(fresh["kernel"]).T, "head.bias": np.asarray(fresh["bias"])}
+    if replaced or not config.num_classes:
+        dropped = [left.pop(name) for name in ("head.weight", "head.bias") if name in left]
+        if dropped and not replaced:
+            report.notes.append("head: left out, for num_classes=0")
+    positions = [name for name in wanted if ".hat_pos_embed." in name]
+    if any(".hat_attn." in name for name in left) and not any(".hat_pos_embed." in name for name in left):
+        report.warnings.append("the file has no position embedding for carrier tokens (the official model has none "
+                               "where windows form no square): set to zero")
+        replaced |= {name: _zero_position(name, wanted[name][1], seed) for name in positions}
+
+    fitted, mismatches = {name: _in_memory(array) for name, array in replaced.items()}, []
+    for name, (_, shape) in wanted.items():
+        if name in fitted:
+            continue
+        array = left.pop(name, None)
+        if array is None:
+            mismatches.append(f"{name}: not in the file, expected {shape}")
+            continue
+        if name == "patch_embed.conv_down.0.weight" and len(array.shape) == 4 and array.shape[1] != shape[1]:
+            report.notes.append(f"{name}: {array.shape[1]} input channels folded to {shape[1]}")
+            array = _fold_channels(array, shape[1])
+        if array.shape != shape or not jnp.issubdtype(array.dtype, jnp.floating):
+            mismatches.append(f"{name}: {array.shape} of {array.dtype} in the file, expected {shape} of floating point")
+        else:
+            fitted[name] = _as_float32(name, array)
+
+    report.derived = [name for name in left if names.is_computed(name) or names.ALIAS[0] in name]
+    idle = [name for name in left if ".global_tokenizer." in name and name not in report.derived
+            and f"levels.{name.split('.')[1]}.blocks.0.hat_attn.qkv.weight" not in source.arrays]
+    if idle:
+        report.notes.append(f"left out: {', '.join(idle)}, of a stage with a single window, so without carrier tokens")
+    mismatches += [f"{name}: {array.shape} in the file, none expected"
+                   for name, array in left.items() if name not in (*report.derived, *idle)]
+    if mismatches:
+        raise WeightsError("\n  ".join([
+            f"{source.where}: {len(mismatches)} arrays do not fit the model with {_describe(config)}:",
+            *sorted(mismatches)]))
+    casts = {str(source.arrays[name].dtype) for name in wanted if name in source.arrays and name not in replaced}
+    if casts - {"float32"}:
+        report.notes.append(f"{', '.join(sorted(casts))} in the file, float32 in the model")
+    return fitted, report
+
+
+def _leaf(variables: Mapping[str, Any], collection: str, path: str) -> Any:
+    leaf = variables[collection]
+    for part in path.split("/"):
+        leaf = leaf[part]
+    return leaf
+
+
+def _pytorch_shape(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    return names.to_pytorch_layout(path, np.broadcast_to(np.float32(0), shape)).shape
+
+
+def _describe(config: ModelConfig) -> str:
+    fields = ("dim", "in_dim", "depths", "num_heads", "hat", "layer_scale", "num_classes", "in_chans")
+    return ", ".join(f"{name}={getattr(config, name)}" for name in fields)
+
+
+def _in_memory(array: np.ndarray) -> StoredArray:
+    return StoredArray(array.shape, array.dtype, lambda: array)
+
+
+def _zero_position(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
+    """Weights of a position network that gives zeros and can be trained: its last layer is zero, its first is not."""
+    if not name.endswith("cpb_mlp.0.weight"):
+        return np.zeros(shape, np.float32)
+    return np.random.RandomState(seed).normal(0.0, 0.02, shape).astype(np.float32)
+
+
+def _fold_channels(array: StoredArray, channels: int) -> StoredArray:
+    """A convolution's weights for another number of input channels."""
+    out, given, *kernel = array.shape
+
+    def read() -> np.ndarray:
+        weights = array.read().astype(np.float32)
+        if channels == 1:
+            return weights.sum(1, keepdims=True)
+        return np.tile(weights, (1, -(-channels // given), 1, 1))[:, :channels] * np.float32(given / channels)
+
+    return StoredArray((out, channels, *kernel), np.dtype(np.float32), read, array.release)
+
+
+def _as_float32(name: str, array: StoredArray) -> StoredArray:
+    def read() -> np.ndarray:
+        with np.errstate(over="ignore"):  # too large for float32: becomes infinite, and is refused
+            values = array.read().astype(np.float32, copy=False)
+        finite = np.isfinite(values)
+        if not finite.all():
+            raise WeightsError(f"{name}: {values.size - finite.sum():,} of {values.size:,} values are NaN or infinite: "
+                               "the run that wrote them had diverged, or the file is damaged")
+        return values
+
+    return StoredArray(array.shape, np.dtype(np.float32), read, array.release)
+
+
+def infer(source: Source, changes: Mapping[str, Any]) -> tuple[architecture.Architecture, ModelConfig]:
+    """The architecture of a source, and its config with the changes; says in the log what was assumed."""
+    shapes = {name: array.shape for name, array in source.arrays.items()}
+    try:
+        found = architecture.infer(shapes, nearest=source.nearest, stated=source.stated)
+    except WeightsError as error:
+        raise WeightsError(f"{source.where}: {error}") from error.__cause__
+    told = ", ".join(f"{name}={value}" for name, value in found.inferred.items())
+    LOG.info("%s: inferred %s; the rest %s", source.where, told,
+             "is stated in the file" if source.stated else f"as in {found.nearest}")
+    assumed = {name: value for name, value in found.assumed.items() if name not in changes}
+    variant = get_variant(found.nearest).config
+    free = {name: getattr(variant, name) for name in ("num_classes", "in_chans")}
+    if assumed:
+        text = f"assumed {', '.join(f'{name}={value}' for name, value in assumed.items())}, as in {found.nearest}"
+        if source.nearest and dataclasses.replace(found.config, **free) == variant:
+            LOG.info("%s: %s, the name that it came with", source.where, text)
+        else:
+            source.warnings.append(f"{text}: the arrays do not tell; if it is otherwise, say so by keyword")
+    return found, dataclasses.replace(found.config, **changes)
+
+
+def load_variables(
+    source: Source, config: ModelConfig, *, seed: int = 0, put: Callable[[np.ndarray], Any] = np.asarray
+) -> tuple[dict[str, Any], Report]:
+    """Variables of the model with this config from a source that fits it (see `fit`), each given to `put`."""
+    fitted, report = fit(source, config, seed=seed)
+    flat: dict[str, dict[str, Any]] = {"params": {}, "batch_stats": {}}
+    for name, (collection, path) in names.pytorch_names(abstract_variables(config)).items():
+        array = fitted.pop(name)
+        try:
+            flat[collection][path] = put(np.array(names.to_flax_layout(path, array.read()), order="C"))
+        except WeightsError as error:
+            raise WeightsError(f"{source.where}: {error}") from error.__cause__
+        array.release()
+    report.log()
+    return {collection: unflatten_dict(arrays, sep="/") for collection, arrays in flat.items()}, report
+
+
+def from_pretrained(
+    source: str | os.PathLike, *, ema: bool = False, checkpoint_path: str | os.PathLike | None = None, seed: int = 0,
+    **changes: Any,
+) -> tuple[FasterViT, dict[str, Any]]:
+    """A model and its variables from a file of weights.
+
+        model, variables = from_pretrained("fastervit_0_224_1k.pth.tar", num_classes=10)
+
+    Args:
+      source: a file of torch.save (.pth, .pth.tar, .pt; torch is not needed, and nothing in the file is run), a
+        .safetensors file, a folder that `convert` or train.py made, or a registered name, whose published file is
+        downloaded through huggingface_hub (and kept in its cache). Those are under NVIDIA's own licence.
+      ema: the averaged weights, if the file has them.
+      checkpoint_path: a file to read in place of the published one, for a registered name.
+      seed: for what is initialised anew.
+      **changes: fields of `ModelConfig` to change. Windows, carrier count and image size may differ from the file's
+        without more ado. Another `num_classes` gives a new head, another `in_chans` folds the first convolution.
+
+    The architecture comes from the arrays. What they cannot tell comes from the nearest registered variant, and
+    the log (logger 'fastervit_jax') says so; the load's `Report` is logged there too.
+
+    Raises FileNotFoundError if there is no such file, TypeError for a keyword that is no field of `ModelConfig`,
+    ValueError for values that fit no model, WeightsError (a ValueError) for files that cannot be read or do not fit.
+    """
+    check_keywords("from_pretrained", changes)
+    if checkpoint_path is None:
+        opened = open_source(source, ema=ema)
+    else:
+        name = ANY_RES.get(source, source)
+        get_variant(name)
+        opened = dataclasses.replace(open_source(fetch(name, checkpoint_path), ema=ema), nearest=name)
+    _, config = infer(opened, changes)
+    variables, _ = load_variables(opened, config, seed=seed, put=jnp.asarray)
+    return FasterViT(config), variables
+
+
+def create_model(
+    name: str, *, pretrained: bool = False, checkpoint_path: str | os.PathLike | None = None, **changes: Any
+) -> FasterViT | tuple[FasterViT, dict[str, Any]]:
+    """The registered model `name`, with any field of `ModelConfig` changed.
+
+        model = create_model("faster_vit_0_224", num_classes=10, ct_size=1)
+        variables = model.init(jax.random.key(0), jnp.zeros((1, 224, 224, 3)))
+        model, variables = create_model("faster_vit_0_224", pretrained=True)
+
+    With `pretrained`, or a `checkpoint_path`, what `from_pretrained(name, checkpoint_path=...)` gives: the model and
+    its variables.
+
+    Raises ValueError for an unknown name (with the nearest ones) or values that fit no model,
+    TypeError for a keyword that is no field of `ModelConfig`.
+    """
+    get_variant(name)
+    if pretrained or checkpoint_path is not None:
+        return from_pretrained(name, checkpoint_path=checkpoint_path, **changes)
+    return fastervit.create_model(name, **changes)
+
+
+# Writing
+
+
+def write(
+    path: str | os.PathLike, config: ModelConfig, arrays: Mapping[str, StoredArray], *, resolution: int | None = None
+) -> None:
+    """Write a model's arrays, by official name, to a .safetensors or .pth file or a folder; see `save_pretrained`."""
+    path = pathlib.Path(path)
+    note = {"config": dataclasses.asdict(config)}
+    if path.suffix not in (".safetensors", ".pth", ".pt", ".tar"):
+        if path.suffix:
+            raise ValueError(f"{path}: expected a name that ends in .safetensors, .pth, .pt or .pth.tar, or a folder's")
+        return _write_orbax(path, config, arrays)
+    aliases = {name.replace(*names.ALIAS[::-1]): array for name, array in arrays.items() if names.ALIAS[1] in name}
+    buffers = make_buffers(config, 224 if resolution is None else resolution, arrays)
+    everything = dict(sorted({**arrays, **aliases, **dict(buffers)}.items()))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix != ".safetensors":
+        return write_torch_file(path, everything.items(), note)
+
+    import safetensors.numpy
+
+    partial = path.with_name(path.name + ".partial")
+    values = {name: np.asarray(array.read(), order="C") for name, array in everything.items()}
+    try:
+        safetensors.numpy.save_file(values, partial, metadata={"format": "pt", NOTE: json.dumps(note)})
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _write_orbax(path: pathlib.Path, config: ModelConfig, arrays: Mapping[str, StoredArray]) -> None:
+    import orbax.checkpoint as ocp
+
+    if path.exists():
+        raise FileExistsError(f"{path} exists: give a folder that does not")
+    flat: dict[str, dict[str, Any]] = {"params": {}, "batch_stats": {}}
+    for name, (collection, flax_path) in names.pytorch_names(abstract_variables(config)).items():
+        flat[collection][flax_path] = jnp.asarray(
+            np.array(names.to_flax_layout(flax_path, arrays[name].read()), order="C"))
+        arrays[name].release()
+    tree = {collection: unflatten_dict(leaves, sep="/") for collection, leaves in flat.items()}
+    del flat
+    path.mkdir(parents=True)
+    # In parts of half a gigabyte, so that the whole is in memory once, not twice.
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(save_concurrent_gb=0.5)) as checkpointer:
+        checkpointer.save((path / "variables").absolute(), tree)
+    (path / "config.json").write_text(json.dumps({"model": dataclasses.asdict(config)}, indent=2) + "\n")
+
+
+def save_pretrained(
+    model: FasterViT, variables: Mapping[str, Any], path: str | os.PathLike, *, resolution: int | None = None
+) -> None:
+    """Write a .safetensors or .pth file that the official PyTorch model loads with strict=True.
+
+    Its computed buffers are in it; those of carrier tokens are for square images of `resolution` pixels, 224
+    unless given, for which the official model must then be created. A path without a suffix becomes a folder in
+    orbax's format. All forms keep the model's config, and `from_pretrained` reads all. Files of that name are replaced.
+
+    Raises ValueError for another suffix, FileExistsError for a folder that exists, WeightsError if the variables are
+    not this model's, or not finite, or the official model has no such form at that resolution.
+    """
+    abstract = abstract_variables(model.config)
+    expected = {path: x.shape for path, x in flatten_dict(abstract, sep="/").items()}
+    given = {path: np.shape(x) for path, x in flatten_dict(dict(variables), sep="/").items()}
+    if given != expected:
+        different = [f"{path}: {given.get(path, 'missing')}, expected {expected.get(path, 'none')}"
+                     for path in sorted({*given, *expected}) if given.get(path) != expected.get(path)]
+        raise WeightsError("the variables are not this model's:\n  " + "\n  ".join(different))
+    arrays = {}
+    for name, (collection, flax_path) in names.pytorch_names(abstract).items():
+        array = names.to_pytorch_layout(flax_path, np.asarray(_leaf(variables, collection, flax_path)))
+        arrays[name] = _as_float32(name, _in_memory(array))
+    write(path, model.config, arrays, resolution=resolution)

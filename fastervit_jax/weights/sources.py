@@ -1,0 +1,202 @@
+"""Where weights come from: PyTorch's files, safetensors, orbax folders of ours, and the published files.
+
+Each becomes a `Source`, whose arrays have the official names and PyTorch's layout.
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict
+
+from fastervit_jax.model.variants import ANY_RES, get_variant, list_models
+from fastervit_jax.weights import names
+from fastervit_jax.weights.torch_file import NOTE, StoredArray, WeightsError, read_torch_file
+
+# Where checkpoints keep their weights, the usual ones and the averaged ones.
+PREFERRED = ("state_dict", "model", "model_state_dict")
+PREFERRED_EMA = ("state_dict_ema", "model_ema")
+
+# The published files, under NVIDIA's own licence: repository and commit on the Hugging Face hub, and file names.
+REPOSITORY, REVISION = "ahatamiz/FasterViT", "d43fc2311da25568a7ce8e932429d4b453308e59"
+PUBLISHED = {
+    **{f"faster_vit_{n}_224": f"fastervit_{n}_224_1k.pth.tar" for n in range(7)},
+    **{f"faster_vit_4_21k_{side}": f"fastervit_4_21k_{side}_w{window}.pth.tar"
+       for side, window in ((224, 14), (384, 24), (512, 32), (768, 48))},
+}  # fmt: skip
+
+
+@dataclasses.dataclass
+class Source:
+    """What a file of weights holds: arrays by official name, and what it says of the architecture."""
+
+    where: str
+    arrays: dict[str, StoredArray]
+    nearest: str | None = None
+    stated: Mapping[str, Any] | None = None
+    warnings: list[str] = dataclasses.field(default_factory=list)
+    """Where it is not quite what was asked for."""
+
+
+def fetch(name: str, checkpoint_path: str | os.PathLike | None = None) -> pathlib.Path:
+    """The published file of a registered model, from the hub or its cache; or `checkpoint_path`, if that is given.
+
+    Raises WeightsError if the file cannot be had, naming it, its address and the way round.
+    """
+    if checkpoint_path is not None:
+        return pathlib.Path(checkpoint_path)
+    get_variant(name)
+    file = PUBLISHED.get(ANY_RES.get(name, name))
+    if file is None:
+        raise WeightsError(f"no published weights for {name!r}: there are some for {', '.join(PUBLISHED)}")
+    import huggingface_hub
+
+    try:
+        return pathlib.Path(huggingface_hub.hf_hub_download(REPOSITORY, file, revision=REVISION))
+    except Exception as error:  # the client's own, its HTTP library's and the system's errors share no other class
+        url = huggingface_hub.hf_hub_url(REPOSITORY, file, revision=REVISION)
+        raise WeightsError(
+            f"{file}, the published weights of {name}, could not be downloaded from {url} ({type(error).__name__}: "
+            f"{error}). Try again (a download goes on where it stopped), or get the file elsewhere and give its path: "
+            f"checkpoint_path={file!r}") from error
+
+
+def open_source(source: str | os.PathLike, *, ema: bool = False) -> Source:
+    """The arrays of a file or folder, or of a registered model's published file.
+
+    Raises FileNotFoundError if there is nothing of that name, WeightsError if it holds no weights.
+    """
+    path = pathlib.Path(source)
+    if not path.exists():
+        name = os.fspath(source)
+        if name in list_models():
+            opened = open_source(fetch(name), ema=ema)
+            return dataclasses.replace(opened, nearest=ANY_RES.get(name, name))
+        raise FileNotFoundError(
+            f"no file, folder or registered model {name!r}: expected a PyTorch checkpoint, a "
+            ".safetensors file, a folder that convert or train.py made, or one of fastervit_jax.list_models()")
+    try:
+        if path.is_dir():
+            return _open_orbax(path, ema)
+        with path.open("rb") as file:
+            head = file.read(9)
+        if path.suffix == ".safetensors" or head[8:9] == b"{":
+            return _open_safetensors(path, ema)
+        return _open_torch(path, ema)
+    except WeightsError as error:
+        where = str(path)
+        raise error if str(error).startswith(where) else WeightsError(f"{where}: {error}") from error.__cause__
+
+
+def _named(entries: Mapping[Any, Any]) -> dict[str, StoredArray]:
+    """Entries by official name. Raises WeightsError if two have the same, or one is no array."""
+    arrays, theirs = {}, {}
+    for key, array in entries.items():
+        name = names.without_prefixes(key) if isinstance(key, str) else repr(key)
+        if not isinstance(array, StoredArray):
+            raise WeightsError(f"entry {key!r} of the state dict is {type(array).__name__}, expected a tensor")
+        if name in arrays:
+            raise WeightsError(f"{theirs[name]!r} and {key!r} are both {name!r}, once the prefixes of wrappers are "
+                               "taken off; expected one of them")
+        arrays[name], theirs[name] = array, key
+    for name in [name for name in arrays if names.ALIAS[0] in name]:
+        arrays.setdefault(name.replace(*names.ALIAS), arrays[name])  # files may keep either name
+    return arrays
+
+
+def _open_torch(path: pathlib.Path, ema: bool) -> Source:
+    saved, note = read_torch_file(path)
+    if not isinstance(saved, dict):
+        raise WeightsError(f"it holds {type(saved).__name__}, expected a state dict, or a dict that has one")
+    candidates = {key: saved[key] for key in (*PREFERRED_EMA, *PREFERRED)
+                  if isinstance(saved.get(key), dict) and saved[key]}
+    if any(isinstance(value, StoredArray) for value in saved.values()):
+        candidates = {"": saved}
+    order = (*PREFERRED_EMA, *PREFERRED) if ema else (*PREFERRED, *PREFERRED_EMA)
+    key = next((key for key in ("", *order) if key in candidates), None)
+    if key is None:
+        raise WeightsError(f"no state dict in it: it has the keys {', '.join(map(repr, list(saved)[:20]))}; expected "
+                           f"tensors, or one of {', '.join(map(repr, order))}")
+    arch = saved.get("arch")
+    opened = Source(f"{path}{f' [{key}]' if key else ''}", _named(candidates[key]),
+                    nearest=arch if isinstance(arch, str) and arch in list_models() else None, stated=_stated(note))
+    if ema and key not in PREFERRED_EMA:
+        opened.warnings.append("ema=True, but the file has no averaged weights: loaded the ordinary ones")
+    elif not ema and key in PREFERRED_EMA:
+        opened.warnings.append("the file has averaged (EMA) weights alone: loaded these")
+    return opened
+
+
+def _stated(note: Mapping[str, Any]) -> dict[str, Any] | None:
+    config = note.get("config")
+    if config is not None and not isinstance(config, dict):
+        raise WeightsError(f"the file's note of its architecture is {config!r}, expected an object")
+    return config
+
+
+def _open_safetensors(path: pathlib.Path, ema: bool) -> Source:
+    import safetensors
+
+    def opened() -> Any:
+        # Reads into new memory: pages of a mapped file would count as this process's.
+        return safetensors.safe_open(path, "np", backend="pread")
+
+    known = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16, "I64": np.int64,
+             "I32": np.int32, "I16": np.int16, "I8": np.int8, "U64": np.uint64, "U32": np.uint32, "U16": np.uint16,
+             "U8": np.uint8, "BOOL": np.bool_, "C64": np.complex64}  # fmt: skip
+    try:
+        file = opened()
+        arrays = {}
+        for name in file.keys():  # noqa: SIM118, no dict
+            part = file.get_slice(name)
+            if part.get_dtype() not in known:
+                raise WeightsError(f"{name} has dtype {part.get_dtype()}, expected one of {', '.join(known)}")
+            arrays[name] = StoredArray(tuple(part.get_shape()), np.dtype(known[part.get_dtype()]),
+                                       lambda name=name: file.get_tensor(name))
+        note = (file.metadata() or {}).get(NOTE)
+        stated = _stated(json.loads(note)) if note is not None else None
+    except (safetensors.SafetensorError, ValueError, OSError) as error:
+        if isinstance(error, WeightsError):
+            raise
+        raise WeightsError(f"no safetensors file, or a damaged one ({error}): download or save it again") from error
+    source = Source(str(path), _named(arrays), stated=stated)
+    if ema:
+        source.warnings.append("ema=True, but a .safetensors file has one set of weights: loaded it")
+    return source
+
+
+def _open_orbax(path: pathlib.Path, ema: bool) -> Source:
+    """A folder with config.json, and the arrays in variables/ (from convert) or checkpoints/STEP/variables/ (a run)."""
+    import orbax.checkpoint as ocp
+
+    steps = sorted((p for p in path.glob("checkpoints/*/variables") if p.parent.name.isdigit()),
+                   key=lambda p: int(p.parent.name))
+    folder = path / "variables" if (path / "variables").exists() else steps[-1] if steps else None
+    if folder is None or not (path / "config.json").exists():
+        raise WeightsError("the folder is none of ours: expected config.json, and variables/ (made by convert) or "
+                           "checkpoints/STEP/variables/ (made by train.py)")
+    try:
+        stated = json.loads((path / "config.json").read_text())["model"]
+    except (ValueError, LookupError, TypeError) as error:
+        raise WeightsError(f"config.json is damaged ({type(error).__name__}: {error}); expected the model's fields "
+                           "under 'model'") from error
+    # In parts of a gigabyte, so that the whole is in memory once, not twice.
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(restore_concurrent_gb=1)) as checkpointer:
+        tree = checkpointer.metadata(folder.absolute()).item_metadata.tree
+        wanted = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+        restored = checkpointer.restore(folder.absolute(), args=ocp.args.PyTreeRestore(restore_args=wanted))
+    arrays = {}
+    for collection in ("params", "batch_stats"):
+        for flax_path, array in flatten_dict(restored[collection], sep="/").items():
+            array = names.to_pytorch_layout(flax_path, array)
+            arrays[names.pytorch_name(flax_path)] = StoredArray(array.shape, array.dtype, lambda array=array: array)
+    source = Source(str(folder), arrays, stated=stated)
+    if ema:
+        source.warnings.append("ema=True, but the folder has one set of weights: loaded it")
+    return source
