@@ -7,8 +7,10 @@ from one. Between them stand the name table of `names.py` and the inference of `
 import dataclasses
 import json
 import logging
+import math
 import os
 import pathlib
+import shutil
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -299,15 +301,32 @@ def write(
     buffers = make_buffers(config, 224 if resolution is None else resolution, arrays)
     everything = dict(sorted({**arrays, **aliases, **dict(buffers)}.items()))
     path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix != ".safetensors":
-        return write_torch_file(path, everything.items(), note)
+    if path.suffix == ".safetensors":
+        _write_safetensors(path, everything, note)
+    else:
+        write_torch_file(path, everything.items(), note)
 
-    import safetensors.numpy
 
+def _write_safetensors(path: pathlib.Path, arrays: Mapping[str, StoredArray], note: dict[str, Any]) -> None:
+    """A .safetensors file, one array at a time: the library's writer takes all of them at once.
+
+    Its form: the header's length (8 bytes), the header (JSON), the arrays' bytes in the header's order.
+    """
+    dtypes = {np.dtype(np.float32): "F32", np.dtype(np.int64): "I64"}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", NOTE: json.dumps(note)}}
+    end = 0
+    for name, array in arrays.items():
+        start, end = end, end + math.prod(array.shape) * array.dtype.itemsize
+        header[name] = {"dtype": dtypes[array.dtype], "shape": list(array.shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
     partial = path.with_name(path.name + ".partial")
-    values = {name: np.asarray(array.read(), order="C") for name, array in everything.items()}
     try:
-        safetensors.numpy.save_file(values, partial, metadata={"format": "pt", NOTE: json.dumps(note)})
+        with partial.open("wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            for array in arrays.values():
+                file.write(np.asarray(array.read(), order="C").reshape(-1).view(np.uint8).data)
+                array.release()
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
@@ -324,12 +343,15 @@ def _write_orbax(path: pathlib.Path, config: ModelConfig, arrays: Mapping[str, S
             np.array(names.to_flax_layout(flax_path, arrays[name].read()), order="C"))
         arrays[name].release()
     tree = {collection: unflatten_dict(leaves, sep="/") for collection, leaves in flat.items()}
-    del flat
-    path.mkdir(parents=True)
-    # In parts of half a gigabyte, so that the whole is in memory once, not twice.
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(save_concurrent_gb=0.5)) as checkpointer:
-        checkpointer.save((path / "variables").absolute(), tree)
-    (path / "config.json").write_text(json.dumps({"model": dataclasses.asdict(config)}, indent=2) + "\n")
+    partial = path.with_name(path.name + ".partial").absolute()
+    if partial.exists():
+        shutil.rmtree(partial)  # from a conversion that was killed
+    partial.mkdir(parents=True)
+    # In parts of a quarter of a gigabyte, so that the whole is in memory once, not twice.
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(save_concurrent_gb=0.25)) as checkpointer:
+        checkpointer.save(partial / "variables", tree)
+    (partial / "config.json").write_text(json.dumps({"model": dataclasses.asdict(config)}, indent=2) + "\n")
+    partial.rename(path)
 
 
 def save_pretrained(

@@ -186,8 +186,8 @@ def _open_orbax(path: pathlib.Path, ema: bool) -> Source:
     except (ValueError, LookupError, TypeError) as error:
         raise WeightsError(f"config.json is damaged ({type(error).__name__}: {error}); expected the model's fields "
                            "under 'model'") from error
-    # In parts of a gigabyte, so that the whole is in memory once, not twice.
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(restore_concurrent_gb=1)) as checkpointer:
+    # In parts of a quarter of a gigabyte, so that the whole is in memory once, not twice.
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(restore_concurrent_gb=0.25)) as checkpointer:
         tree = checkpointer.metadata(folder.absolute()).item_metadata.tree
         wanted = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
         restored = checkpointer.restore(folder.absolute(), args=ocp.args.PyTreeRestore(restore_args=wanted))
