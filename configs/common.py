@@ -20,6 +20,8 @@ def base() -> ConfigDict:
     """The knobs that do not depend on the task."""
     config = ConfigDict()
     config.seed = 0
+    config.init_from = ""  # a file or folder of weights, or a registered name, to start from; "": random numbers
+    config.init_from_ema = False  # its averaged weights
     config.log_every_steps = 50
     config.eval_every_epochs = 1
     config.checkpoint_every_epochs = 1

@@ -33,9 +33,7 @@ def save(manager: ocp.CheckpointManager, state: TrainState, step: int, *, force:
 
 
 def restore(manager: ocp.CheckpointManager, state: TrainState) -> TrainState:
-    """The newest saved state, with the shapes, dtypes and shardings of `state`; `state` itself if there is none."""
-    if manager.latest_step() is None:
-        return state
+    """The newest saved state, of which there must be one, with the shapes, dtypes and shardings of `state`."""
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
     saved = manager.restore(manager.latest_step(), args=ocp.args.Composite(
         variables=ocp.args.StandardRestore(abstract.variables),

@@ -15,7 +15,7 @@ from fastervit_jax.model.variants import ModelConfig
 from fastervit_jax.train import checkpoint, evaluate, sharding
 from fastervit_jax.train.metrics import MetricWriter, claim_workdir
 from fastervit_jax.train.optimizer import make_optimizer
-from fastervit_jax.train.state import create_state
+from fastervit_jax.train.state import create_state, load_weights
 from fastervit_jax.train.step import make_train_step
 
 
@@ -67,7 +67,11 @@ def train(config: ConfigDict, workdir: pathlib.Path, devices: list[jax.Device] |
         batches = loader.train_batches(
             train_source, batch_size=config.batch_size, seed=config.seed, first_step=first_step, sharding=over_batch)
         claim_workdir(workdir, config, started=first_step > 0)
-        state = checkpoint.restore(manager, state)
+        if first_step > 0:
+            state = checkpoint.restore(manager, state)
+        elif config.init_from:
+            variables, _ = load_weights(config.init_from, config.init_from_ema, config, mesh)
+            state = state.replace(**variables)
         writer = stack.enter_context(MetricWriter(workdir, first_step))
         say(f"{config.name}: {sum(x.size for x in jax.tree.leaves(state.params)):,} parameters, "
             f"{len(train_source):,} images to train on, {len(eval_source):,} to validate on, {total_steps:,} steps "

@@ -9,7 +9,9 @@ import optax
 from ml_collections import ConfigDict
 
 from fastervit_jax.model.fastervit import FasterViT
+from fastervit_jax.model.variants import ModelConfig
 from fastervit_jax.train.sharding import replicated
+from fastervit_jax.weights import pretrained, sources
 
 
 @flax.struct.dataclass
@@ -43,3 +45,15 @@ def create_state(
         return TrainState(jnp.int32(0), params, variables["batch_stats"], optimizer.init(params))
 
     return jax.jit(create, out_shardings=replicated(mesh))()
+
+
+def load_weights(
+    source: str, ema: bool, config: ConfigDict, mesh: jax.sharding.Mesh
+) -> tuple[dict[str, Any], pretrained.Report]:
+    """Variables for `config.model` from a file or folder of weights or a registered name, on the devices of `mesh`.
+
+    The head is new, from config.seed, where its classes are not the source's; see `pretrained.fit` for that and errors.
+    """
+    return pretrained.load_variables(
+        sources.open_source(source, ema=ema), ModelConfig(**config.model), seed=config.seed,
+        put=lambda x: jax.device_put(x, replicated(mesh)))

@@ -21,10 +21,10 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from fastervit_jax.model import fastervit
 from fastervit_jax.model.fastervit import FasterViT
-from fastervit_jax.model.variants import ANY_RES, ModelConfig, check_keywords, get_variant
+from fastervit_jax.model.variants import ModelConfig, check_keywords, get_variant
 from fastervit_jax.weights import architecture, names
 from fastervit_jax.weights.buffers import make_buffers
-from fastervit_jax.weights.sources import Source, open_source
+from fastervit_jax.weights.sources import Source, open_registered, open_source
 from fastervit_jax.weights.torch_file import NOTE, StoredArray, WeightsError, write_torch_file
 
 LOG = logging.getLogger("fastervit_jax")
@@ -255,11 +255,13 @@ def from_pretrained(
     if checkpoint_path is None:
         opened = open_source(source, ema=ema)
     else:
-        name = ANY_RES.get(source, source)
-        get_variant(name)
-        opened = dataclasses.replace(open_source(fetch(name, checkpoint_path), ema=ema), nearest=name)
-    _, config = infer(opened, changes)
-    variables, _ = load_variables(opened, config, seed=seed, put=jnp.asarray)
+        opened = open_registered(source, checkpoint_path=checkpoint_path, ema=ema)
+    return _build(opened, changes, seed)
+
+
+def _build(source: Source, changes: Mapping[str, Any], seed: int) -> tuple[FasterViT, dict[str, Any]]:
+    _, config = infer(source, changes)
+    variables, _ = load_variables(source, config, seed=seed, put=jnp.asarray)
     return FasterViT(config), variables
 
 
@@ -278,10 +280,10 @@ def create_model(
     Raises ValueError for an unknown name (with the nearest ones) or values that fit no model,
     TypeError for a keyword that is no field of `ModelConfig`.
     """
-    get_variant(name)
-    if pretrained or checkpoint_path is not None:
-        return from_pretrained(name, checkpoint_path=checkpoint_path, **changes)
-    return fastervit.create_model(name, **changes)
+    if not pretrained and checkpoint_path is None:
+        return fastervit.create_model(name, **changes)
+    check_keywords("create_model", changes)
+    return _build(open_registered(name, checkpoint_path=checkpoint_path), changes, seed=0)
 
 
 # Writing

@@ -44,27 +44,41 @@ class Source:
     """Where it is not quite what was asked for."""
 
 
-def fetch(name: str, checkpoint_path: str | os.PathLike | None = None) -> pathlib.Path:
-    """The published file of a registered model, from the hub or its cache; or `checkpoint_path`, if that is given.
+def fetch(name: str) -> pathlib.Path:
+    """The published file of a registered model, from the hub or its cache.
 
     Raises WeightsError if the file cannot be had, naming it, its address and the way round.
     """
-    if checkpoint_path is not None:
-        return pathlib.Path(checkpoint_path)
-    get_variant(name)
-    file = PUBLISHED.get(ANY_RES.get(name, name))
+    file = PUBLISHED.get(name)
     if file is None:
         raise WeightsError(f"no published weights for {name!r}: there are some for {', '.join(PUBLISHED)}")
     import huggingface_hub
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
         return pathlib.Path(huggingface_hub.hf_hub_download(REPOSITORY, file, revision=REVISION))
     except Exception as error:  # the client's own, its HTTP library's and the system's errors share no other class
+        hidden = isinstance(error, LocalEntryNotFoundError) and error.__cause__
+        reason = error.__cause__ if hidden else error  # that one says only that the hub was not reached, not why
         url = huggingface_hub.hf_hub_url(REPOSITORY, file, revision=REVISION)
         raise WeightsError(
-            f"{file}, the published weights of {name}, could not be downloaded from {url} ({type(error).__name__}: "
-            f"{error}). Try again (a download goes on where it stopped), or get the file elsewhere and give its path: "
-            f"checkpoint_path={file!r}") from error
+            f"{file}, the published weights of {name}, could not be downloaded from {url} ({type(reason).__name__}: "
+            f"{reason}). Try again, or get the file elsewhere and give its path: checkpoint_path={file!r}") from error
+
+
+def open_registered(name: str, *, checkpoint_path: str | os.PathLike | None = None, ema: bool = False) -> Source:
+    """The arrays of a registered model: those published, or those in a file, if one is given."""
+    get_variant(name)
+    name = ANY_RES.get(name, name)
+    if checkpoint_path is not None:
+        return dataclasses.replace(open_source(pathlib.Path(checkpoint_path), ema=ema), nearest=name)
+    path = fetch(name)
+    # The client never looks into a file that it has: one that is damaged must go before it gets another.
+    where = f"{path.name} (kept at {path.resolve()}; if it is damaged, delete that and try again)"
+    try:
+        return dataclasses.replace(open_source(path, ema=ema), where=where, nearest=name)
+    except WeightsError as error:
+        raise WeightsError(f"{where}: {error}") from error.__cause__
 
 
 def open_source(source: str | os.PathLike, *, ema: bool = False) -> Source:
@@ -74,13 +88,11 @@ def open_source(source: str | os.PathLike, *, ema: bool = False) -> Source:
     """
     path = pathlib.Path(source)
     if not path.exists():
-        name = os.fspath(source)
-        if name in list_models():
-            opened = open_source(fetch(name), ema=ema)
-            return dataclasses.replace(opened, nearest=ANY_RES.get(name, name))
+        if source in list_models():  # a text, that is: a path means a file
+            return open_registered(source, ema=ema)
         raise FileNotFoundError(
-            f"no file, folder or registered model {name!r}: expected a PyTorch checkpoint, a "
-            ".safetensors file, a folder that convert or train.py made, or one of fastervit_jax.list_models()")
+            f"no file, folder or registered model {os.fspath(source)!r}: expected a PyTorch checkpoint, a .safetensors "
+            "file, a folder that convert or train.py made, or one of fastervit_jax.list_models()")
     try:
         if path.is_dir():
             return _open_orbax(path, ema)
