@@ -71,6 +71,17 @@ def _initial(config: ModelConfig, seed: int) -> dict[str, Any]:
     return FasterViT(config).init(jax.random.key(seed), jnp.zeros((1, 32, 32, config.in_chans)))
 
 
+def layout(config: ModelConfig) -> dict[str, tuple[str, str, tuple[int, ...]]]:
+    """Collection, Flax path and shape in PyTorch of each array of a model, by official name."""
+    abstract = abstract_variables(config)
+    flat = {collection: flatten_dict(tree, sep="/") for collection, tree in abstract.items()}
+    entries = {}
+    for name, (collection, path) in names.pytorch_names(abstract).items():
+        no_memory = np.broadcast_to(0.0, flat[collection][path].shape)
+        entries[name] = collection, path, names.to_pytorch_layout(path, no_memory).shape
+    return entries
+
+
 def fit(source: Source, config: ModelConfig, *, seed: int = 0) -> tuple[dict[str, StoredArray], Report]:
     """The arrays of the model with this config by official name, in float32, and a report.
 
@@ -80,9 +91,7 @@ def fit(source: Source, config: ModelConfig, *, seed: int = 0) -> tuple[dict[str
 
     Raises WeightsError that lists every array that is missing, left over or of another shape.
     """
-    abstract = abstract_variables(config)
-    wanted = {name: (path, _pytorch_shape(path, _leaf(abstract, collection, path).shape))
-              for name, (collection, path) in names.pytorch_names(abstract).items()}
+    wanted = {name: shape for name, (_, _, shape) in layout(config).items()}
     report = Report(source.where, warnings=list(source.warnings))
     left = dict(source.arrays)
     replaced = {}
@@ -100,10 +109,10 @@ def fit(source: Source, config: ModelConfig, *, seed: int = 0) -> tuple[dict[str
     if any(".hat_attn." in name for name in left) and not any(".hat_pos_embed." in name for name in left):
         report.warnings.append("the file has no position embedding for carrier tokens (the official model has none "
                                "where windows form no square): set to zero")
-        replaced |= {name: _zero_position(name, wanted[name][1], seed) for name in positions}
+        replaced |= {name: _zero_position(name, wanted[name], seed) for name in positions}
 
     fitted, mismatches = {name: _in_memory(array) for name, array in replaced.items()}, []
-    for name, (_, shape) in wanted.items():
+    for name, shape in wanted.items():
         if name in fitted:
             continue
         array = left.pop(name, None)
@@ -133,17 +142,6 @@ def fit(source: Source, config: ModelConfig, *, seed: int = 0) -> tuple[dict[str
     if casts - {"float32"}:
         report.notes.append(f"{', '.join(sorted(casts))} in the file, float32 in the model")
     return fitted, report
-
-
-def _leaf(variables: Mapping[str, Any], collection: str, path: str) -> Any:
-    leaf = variables[collection]
-    for part in path.split("/"):
-        leaf = leaf[part]
-    return leaf
-
-
-def _pytorch_shape(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    return names.to_pytorch_layout(path, np.broadcast_to(np.float32(0), shape)).shape
 
 
 def _describe(config: ModelConfig) -> str:
@@ -216,7 +214,7 @@ def load_variables(
     """Variables of the model with this config from a source that fits it (see `fit`), each given to `put`."""
     fitted, report = fit(source, config, seed=seed)
     flat: dict[str, dict[str, Any]] = {"params": {}, "batch_stats": {}}
-    for name, (collection, path) in names.pytorch_names(abstract_variables(config)).items():
+    for name, (collection, path, _) in layout(config).items():
         array = fitted.pop(name)
         try:
             flat[collection][path] = put(np.array(names.to_flax_layout(path, array.read()), order="C"))
@@ -340,7 +338,7 @@ def _write_orbax(path: pathlib.Path, config: ModelConfig, arrays: Mapping[str, S
     if path.exists():
         raise FileExistsError(f"{path} exists: give a folder that does not")
     flat: dict[str, dict[str, Any]] = {"params": {}, "batch_stats": {}}
-    for name, (collection, flax_path) in names.pytorch_names(abstract_variables(config)).items():
+    for name, (collection, flax_path, _) in layout(config).items():
         flat[collection][flax_path] = jnp.asarray(
             np.array(names.to_flax_layout(flax_path, arrays[name].read()), order="C"))
         arrays[name].release()
@@ -368,15 +366,18 @@ def save_pretrained(
     Raises ValueError for another suffix, FileExistsError for a folder that exists, WeightsError if the variables are
     not this model's, or not finite, or the official model has no such form at that resolution.
     """
-    abstract = abstract_variables(model.config)
-    expected = {path: x.shape for path, x in flatten_dict(abstract, sep="/").items()}
-    given = {path: np.shape(x) for path, x in flatten_dict(dict(variables), sep="/").items()}
-    if given != expected:
-        different = [f"{path}: {given.get(path, 'missing')}, expected {expected.get(path, 'none')}"
-                     for path in sorted({*given, *expected}) if given.get(path) != expected.get(path)]
+    given = flatten_dict(dict(variables), sep="/")
+    expected = flatten_dict(abstract_variables(model.config), sep="/")
+    different = [
+        f"{key}: {np.shape(given[key]) if key in given else 'missing'}, expected "
+        f"{expected[key].shape if key in expected else 'none'}"
+        for key in sorted({*given, *expected})
+        if key not in given or key not in expected or np.shape(given[key]) != expected[key].shape
+    ]
+    if different:
         raise WeightsError("the variables are not this model's:\n  " + "\n  ".join(different))
     arrays = {}
-    for name, (collection, flax_path) in names.pytorch_names(abstract).items():
-        array = names.to_pytorch_layout(flax_path, np.asarray(_leaf(variables, collection, flax_path)))
+    for name, (collection, flax_path, _) in layout(model.config).items():
+        array = names.to_pytorch_layout(flax_path, np.asarray(given[f"{collection}/{flax_path}"]))
         arrays[name] = _as_float32(name, _in_memory(array))
     write(path, model.config, arrays, resolution=resolution)

@@ -199,10 +199,13 @@ def _open_orbax(path: pathlib.Path, ema: bool) -> Source:
         raise WeightsError(f"config.json is damaged ({type(error).__name__}: {error}); expected the model's fields "
                            "under 'model'") from error
     # In parts of a quarter of a gigabyte, so that the whole is in memory once, not twice.
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(restore_concurrent_gb=0.25)) as checkpointer:
-        tree = checkpointer.metadata(folder.absolute()).item_metadata.tree
+    handler = ocp.PyTreeCheckpointHandler(restore_concurrent_gb=0.25)
+    try:
+        tree = handler.metadata(folder.absolute()).tree
         wanted = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
-        restored = checkpointer.restore(folder.absolute(), args=ocp.args.PyTreeRestore(restore_args=wanted))
+        restored = handler.restore(folder.absolute(), args=ocp.args.PyTreeRestore(restore_args=wanted))
+    finally:
+        handler.close()
     arrays = {}
     for collection in ("params", "batch_stats"):
         for flax_path, array in flatten_dict(restored[collection], sep="/").items():

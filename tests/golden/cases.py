@@ -55,6 +55,14 @@ CASES = {
 }
 COMMITTED = ["carriers", "scaled_propagated", "two_hat_stages"]
 
+# The published models, for files of weights; the two largest with fewer blocks.
+PUBLISHED = {
+    **{f"faster_vit_{n}_224": Case(f"faster_vit_{n}_224", {}, 224, batch=1) for n in range(5)},
+    **{f"faster_vit_{n}_224": Case(f"faster_vit_{n}_224", {"depths": [1, 1, 2, 1]}, 224, batch=1) for n in (5, 6)},
+    **{f"faster_vit_4_21k_{side}": Case(f"faster_vit_4_21k_{side}", {}, side, batch=1)
+       for side in (224, 384, 512, 768)},
+}  # fmt: skip
+
 
 def official_array(name: str, shape: tuple[int, ...]) -> np.ndarray:
     """Float32 values of the official parameter or statistic `name`: activations stay of order one, every term shows."""

@@ -16,16 +16,14 @@ import zlib
 import numpy as np
 
 import fastervit_jax as fv
-from fastervit_jax.weights import names, pretrained
+from fastervit_jax.weights import pretrained
 from fastervit_jax.weights.torch_file import StoredArray
 
 
 def make(path: str) -> None:
     config = fv.create_model("faster_vit_6_224").config
-    abstract = pretrained.abstract_variables(config)
     arrays = {}
-    for name, (collection, flax_path) in names.pytorch_names(abstract).items():
-        shape = pretrained._pytorch_shape(flax_path, pretrained._leaf(abstract, collection, flax_path).shape)
+    for name, (_, _, shape) in pretrained.layout(config).items():
         seed = zlib.crc32(name.encode())
         arrays[name] = StoredArray(shape, np.dtype(np.float32),
                                    lambda shape=shape, seed=seed: np.random.default_rng(seed).random(shape, np.float32))
