@@ -254,8 +254,8 @@ class _TorchFile:
             self.check(storage.record)
             if 0 in shape:
                 return np.zeros(shape, dtype)
-            flat = np.frombuffer(self.mapped, dtype, count, record.start)[offset:]
-            return np.lib.stride_tricks.as_strided(flat, shape, [s * dtype.itemsize for s in strides], writeable=False)
+            return np.ndarray(shape, dtype, self.mapped, record.start + offset * dtype.itemsize,
+                              [stride * dtype.itemsize for stride in strides])
 
         def release() -> None:
             start = record.start // mmap.PAGESIZE * mmap.PAGESIZE
