@@ -66,12 +66,12 @@ def train(config: ConfigDict, workdir: pathlib.Path, devices: list[jax.Device] |
         first_step = manager.latest_step() or 0
         batches = loader.train_batches(
             train_source, batch_size=config.batch_size, seed=config.seed, first_step=first_step, sharding=over_batch)
+        if first_step == 0 and config.init_from:
+            variables, _ = load_weights(config.init_from, config.init_from_ema, config, mesh)
+            state = state.replace(**variables)
         claim_workdir(workdir, config, started=first_step > 0)
         if first_step > 0:
             state = checkpoint.restore(manager, state)
-        elif config.init_from:
-            variables, _ = load_weights(config.init_from, config.init_from_ema, config, mesh)
-            state = state.replace(**variables)
         writer = stack.enter_context(MetricWriter(workdir, first_step))
         say(f"{config.name}: {sum(x.size for x in jax.tree.leaves(state.params)):,} parameters, "
             f"{len(train_source):,} images to train on, {len(eval_source):,} to validate on, {total_steps:,} steps "

@@ -126,17 +126,13 @@ def _open_torch(path: pathlib.Path, ema: bool) -> Source:
     saved, note = read_torch_file(path)
     if not isinstance(saved, dict):
         raise WeightsError(f"it holds {type(saved).__name__}, expected a state dict, or a dict that has one")
-    candidates = {key: saved[key] for key in (*PREFERRED_EMA, *PREFERRED)
-                  if isinstance(saved.get(key), dict) and saved[key]}
-    if any(isinstance(value, StoredArray) for value in saved.values()):
-        candidates = {"": saved}
     order = (*PREFERRED_EMA, *PREFERRED) if ema else (*PREFERRED, *PREFERRED_EMA)
-    key = next((key for key in ("", *order) if key in candidates), None)
-    if key is None:
+    key = next((key for key in order if isinstance(saved.get(key), dict) and saved[key]), None)
+    if key is None and not any(isinstance(value, StoredArray) for value in saved.values()):
         raise WeightsError(f"no state dict in it: it has the keys {', '.join(map(repr, list(saved)[:20]))}; expected "
                            f"tensors, or one of {', '.join(map(repr, order))}")
     arch = saved.get("arch")
-    opened = Source(f"{path}{f' [{key}]' if key else ''}", _named(candidates[key]),
+    opened = Source(f"{path}{f' [{key}]' if key else ''}", _named(saved[key] if key else saved),
                     nearest=arch if isinstance(arch, str) and arch in list_models() else None, stated=_stated(note))
     if ema and key not in PREFERRED_EMA:
         opened.warnings.append("ema=True, but the file has no averaged weights: loaded the ordinary ones")

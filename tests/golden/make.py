@@ -3,6 +3,7 @@
     python3 -m venv .venv-oracle
     .venv-oracle/bin/pip install torch==2.13.0 numpy pillow pyyaml huggingface_hub safetensors
     .venv-oracle/bin/pip install --no-deps fastervit==1.0.0 timm==1.0.31 torchvision==0.28.0
+    .venv-oracle/bin/pip install -r requirements.txt
     .venv-oracle/bin/python tests/golden/make.py --out tests/golden carriers scaled_propagated two_hat_stages
 
 A file holds the logits (float64), the stage maps (NHWC, float32 of a float64 run) and the names of

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 import pytest
 
+import fastervit_jax as fv
 from fastervit_jax.train import loop
 from tests.train import runs
 
@@ -124,10 +125,12 @@ def test_one_compilation_and_no_implicit_transfer(tmp_path, monkeypatch, capfd):
         ({"model.window_size": (4, 4, 4, 2)}, r"images of 64 pixels stage 2 has a single window of 4 tokens a side"),
         ({"seed": -1}, r"config.seed=-1: expected at least 0"),
         ({"keep_checkpoints": 0}, r"config.keep_checkpoints=0: expected at least 1"),
+        ({"init_from": "no_such.pth"}, r"no file, folder or registered model 'no_such.pth'"),
+        ({"init_from": str(ROOT / "tests/golden/torch_save.pth")}, r"torch_save.pth .* arrays do not fit the model"),
     ],
 )
 def test_bad_config_leaves_the_workdir_free(changes, message, tmp_path):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
         loop.train(runs.config(**changes), tmp_path)
     assert not (tmp_path / "config.json").exists()
 
@@ -167,6 +170,22 @@ def test_commands_survive_kill_9(whole, tmp_path):
         assert "model.mlp_ratio: there 4.0, given 3.0" in process.communicate()[1]
         assert process.returncode != 0
     assert result == {"name": "digits", "split": "validation", "step": 44, **whole[1]}
+
+
+def test_start_from_weights(whole, tmp_path):
+    """With a learning rate of 0 the parameters stay the file's; a run that goes on does not need the file."""
+    model, variables = fv.from_pretrained(whole[0])
+    file = tmp_path / "weights.safetensors"
+    fv.save_pretrained(model, variables, file, resolution=64)
+    still = {"learning_rate": 0.0, "warmup_learning_rate": 0.0, "final_learning_rate": 0.0, "epochs": 1}
+    config = runs.config(init_from=str(file), **still, warmup_epochs=0)
+    result = loop.train(config, tmp_path / "run")
+    _, kept = fv.from_pretrained(tmp_path / "run")
+    jax.tree.map(np.testing.assert_array_equal, kept["params"], variables["params"])
+    evaluated = output(command("eval.py", tmp_path / "none", f"--checkpoint={file}")).splitlines()
+    assert json.loads(evaluated[-1]) == {"name": "digits", "split": "validation", "checkpoint": str(file), **whole[1]}
+    file.unlink()
+    assert loop.train(config, tmp_path / "run") == result
 
 
 def test_command_line_errors(tmp_path):

@@ -116,3 +116,19 @@ def test_names_and_shapes_of_the_largest(name, tmp_path):
     buffers = {name: buffer.shape for name, buffer in make_buffers(config, 224, arrays)}
     ours |= {name.replace(*names.ALIAS[::-1]): shape for name, shape in ours.items() if names.ALIAS[1] in name}
     assert {**ours, **buffers} == theirs
+
+
+def test_verify(small, tmp_path):
+    """convert --verify, in the official package's environment."""
+    folder, _ = small
+    # make.py first: it lets torchvision be imported beside a CPU build of torch.
+    start = "import sys, runpy; import make; runpy.run_module('fastervit_jax.convert', run_name='__main__')"
+    environment = {**os.environ, "PYTHONPATH": f"{official.GOLDEN}:{official.GOLDEN.parents[1]}"}
+
+    def convert(name):
+        command = [os.environ["FASTERVIT_ORACLE"], "-c", start, folder / f"{name}.pth.tar", tmp_path / name, "--verify"]
+        return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+    done = convert("two_hat_stages")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("max |Δlogit|") == 2
