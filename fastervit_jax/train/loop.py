@@ -67,8 +67,9 @@ def train(config: ConfigDict, workdir: pathlib.Path, devices: list[jax.Device] |
         batches = loader.train_batches(
             train_source, batch_size=config.batch_size, seed=config.seed, first_step=first_step, sharding=over_batch)
         if first_step == 0 and config.init_from:
-            variables, _ = load_weights(config.init_from, config.init_from_ema, config, mesh)
+            variables, report = load_weights(config.init_from, config.init_from_ema, config, mesh)
             state = state.replace(**variables)
+            say(str(report))
         claim_workdir(workdir, config, started=first_step > 0)
         if first_step > 0:
             state = checkpoint.restore(manager, state)

@@ -5,6 +5,7 @@ from one. Between them stand the name table of `names.py` and the inference of `
 """
 
 import dataclasses
+import functools
 import json
 import logging
 import math
@@ -71,6 +72,7 @@ def _initial(config: ModelConfig, seed: int) -> dict[str, Any]:
     return FasterViT(config).init(jax.random.key(seed), jnp.zeros((1, 32, 32, config.in_chans)))
 
 
+@functools.lru_cache(maxsize=16)  # it traces the model
 def layout(config: ModelConfig) -> dict[str, tuple[str, str, tuple[int, ...]]]:
     """Collection, Flax path and shape in PyTorch of each array of a model, by official name."""
     abstract = abstract_variables(config)

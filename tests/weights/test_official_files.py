@@ -95,7 +95,11 @@ def test_small_case(name, small):
     check_loaded(logits, folder, files, errors)
 
 
-@pytest.mark.parametrize("name", cases.PUBLISHED)
+LARGE = ("faster_vit_4_224", "faster_vit_4_21k_384", "faster_vit_4_21k_512", "faster_vit_4_21k_768")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.large) if name in LARGE else name for name in cases.PUBLISHED])
 def test_published_model(name, tmp_path):
     case = cases.PUBLISHED[name]
     oracle("--out", tmp_path, "--checkpoint", name)
