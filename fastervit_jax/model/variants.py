@@ -106,7 +106,7 @@ class ModelConfig:
 
     def _check(self, name: str, value: Any, kind: type, expected: str, valid: Any) -> None:
         accepted = numbers.Integral if kind is int else numbers.Real
-        if isinstance(value, bool) or not isinstance(value, accepted) or not (math.isfinite(value) and valid(value)):
+        if isinstance(value, bool) or not isinstance(value, accepted) or not (abs(value) < 2**31 and valid(value)):
             raise ValueError(f"{name}={getattr(self, name)!r}: expected {expected}")
         if kind is float:
             object.__setattr__(self, name, float(value))

@@ -11,6 +11,9 @@ from fastervit_jax.weights.torch_file import WeightsError
 
 Shapes = Mapping[str, tuple[int, ...]]
 
+# A model is traced block by block: names alone could keep that going for hours.
+MOST_BLOCKS = 500
+
 
 @dataclasses.dataclass(frozen=True)
 class Architecture:
@@ -104,6 +107,8 @@ def _from_shapes(shapes: Shapes) -> dict[str, Any]:
         if match:
             blocks[int(match[1])].add(int(match[2]))
     for stage, numbers in blocks.items():
+        if len(numbers) > MOST_BLOCKS:
+            raise WeightsError(f"stage {stage} has {len(numbers):,} blocks, expected at most {MOST_BLOCKS}")
         missing = sorted(set(range(max(numbers, default=0) + 1)) - numbers)
         if missing:
             raise WeightsError(f"stage {stage} has blocks {sorted(numbers)}: block {missing[0]} is missing")

@@ -177,7 +177,7 @@ def _fold_channels(array: StoredArray, channels: int) -> StoredArray:
 
 def _as_float32(name: str, array: StoredArray) -> StoredArray:
     def read() -> np.ndarray:
-        with np.errstate(over="ignore"):  # too large for float32: becomes infinite, and is refused
+        with np.errstate(over="ignore", invalid="ignore"):  # what becomes, or is, not finite is refused
             values = array.read().astype(np.float32, copy=False)
         finite = np.isfinite(values)
         if not finite.all():

@@ -17,7 +17,7 @@ from flax.traverse_util import flatten_dict
 
 from fastervit_jax.model.variants import ANY_RES, get_variant, list_models
 from fastervit_jax.weights import names
-from fastervit_jax.weights.torch_file import NOTE, StoredArray, WeightsError, read_torch_file
+from fastervit_jax.weights.torch_file import NOTE, StoredArray, WeightsError, check_shape, read_torch_file, shown
 
 # Where checkpoints keep their weights, the usual ones and the averaged ones.
 PREFERRED = ("state_dict", "model", "model_state_dict")
@@ -110,12 +110,12 @@ def _named(entries: Mapping[Any, Any]) -> dict[str, StoredArray]:
     """Entries by official name. Raises WeightsError if two have the same, or one is no array."""
     arrays, theirs = {}, {}
     for key, array in entries.items():
-        name = names.without_prefixes(key) if isinstance(key, str) else repr(key)
+        name = names.without_prefixes(key) if isinstance(key, str) else shown(key)
         if not isinstance(array, StoredArray):
-            raise WeightsError(f"entry {key!r} of the state dict is {type(array).__name__}, expected a tensor")
+            raise WeightsError(f"entry {shown(key)} of the state dict is {type(array).__name__}, expected a tensor")
         if name in arrays:
-            raise WeightsError(f"{theirs[name]!r} and {key!r} are both {name!r}, once the prefixes of wrappers are "
-                               "taken off; expected one of them")
+            raise WeightsError(f"{shown(theirs[name])} and {shown(key)} are both {shown(name)}, once the prefixes of "
+                               "wrappers are taken off; expected one of them")
         arrays[name], theirs[name] = array, key
     for name in [name for name in arrays if names.ALIAS[0] in name]:
         arrays.setdefault(name.replace(*names.ALIAS), arrays[name])  # files may keep either name
@@ -129,7 +129,7 @@ def _open_torch(path: pathlib.Path, ema: bool) -> Source:
     order = (*PREFERRED_EMA, *PREFERRED) if ema else (*PREFERRED, *PREFERRED_EMA)
     key = next((key for key in order if isinstance(saved.get(key), dict) and saved[key]), None)
     if key is None and not any(isinstance(value, StoredArray) for value in saved.values()):
-        raise WeightsError(f"no state dict in it: it has the keys {', '.join(map(repr, list(saved)[:20]))}; expected "
+        raise WeightsError(f"no state dict in it: it has the keys {', '.join(map(shown, list(saved)[:20]))}; expected "
                            f"tensors, or one of {', '.join(map(repr, order))}")
     arch = saved.get("arch")
     opened = Source(f"{path}{f' [{key}]' if key else ''}", _named(saved[key] if key else saved),
@@ -141,10 +141,12 @@ def _open_torch(path: pathlib.Path, ema: bool) -> Source:
     return opened
 
 
-def _stated(note: Mapping[str, Any]) -> dict[str, Any] | None:
+def _stated(note: Any) -> dict[str, Any] | None:
+    if not isinstance(note, dict):
+        raise WeightsError(f"{NOTE} holds {type(note).__name__}, expected an object of JSON")
     config = note.get("config")
     if config is not None and not isinstance(config, dict):
-        raise WeightsError(f"the file's note of its architecture is {config!r}, expected an object")
+        raise WeightsError(f"the file's note of its architecture is {shown(config)}, expected an object")
     return config
 
 
@@ -165,11 +167,12 @@ def _open_safetensors(path: pathlib.Path, ema: bool) -> Source:
             part = file.get_slice(name)
             if part.get_dtype() not in known:
                 raise WeightsError(f"{name} has dtype {part.get_dtype()}, expected one of {', '.join(known)}")
+            check_shape(tuple(part.get_shape()))
             arrays[name] = StoredArray(tuple(part.get_shape()), np.dtype(known[part.get_dtype()]),
                                        lambda name=name: file.get_tensor(name))
         note = (file.metadata() or {}).get(NOTE)
         stated = _stated(json.loads(note)) if note is not None else None
-    except (safetensors.SafetensorError, ValueError, OSError) as error:
+    except (safetensors.SafetensorError, ValueError, OSError, RecursionError) as error:
         if isinstance(error, WeightsError):
             raise
         raise WeightsError(f"no safetensors file, or a damaged one ({error}): download or save it again") from error

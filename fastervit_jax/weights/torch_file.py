@@ -43,8 +43,9 @@ class StoredArray:
 RESAVE = ("With PyTorch, if you trust the file: saved = torch.load(OLD, map_location='cpu', weights_only=False), then "
           "torch.save({'state_dict': STATE_DICT}, NEW), where STATE_DICT is the part of `saved` that holds the tensors")
 
-# Larger pickles would take too much memory for what they say: a tensor takes about 150 bytes of it.
+# Larger pickles would take too much memory for what they say: a tensor takes about 150 bytes of it, 30 operations.
 LARGEST_PICKLE = 16 * 2**20
+MOST_OPERATIONS = 10**6
 
 DTYPES = {
     "float64": np.dtype(np.float64), "float32": np.dtype(np.float32), "float16": np.dtype(np.float16),
@@ -77,7 +78,7 @@ def read_torch_file(path: str | os.PathLike) -> tuple[Any, dict[str, Any]]:
     path = pathlib.Path(path)
     try:
         with path.open("rb") as file:
-            head = file.read(64)
+            head = file.read(512)
             _check_kind(path, head)
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             records = _zip_records(path, file, mapped)
@@ -96,10 +97,27 @@ def _check_kind(path: pathlib.Path, head: bytes) -> None:
                            "with `git lfs pull`")
     if head.lstrip()[:1] == b"<":
         raise WeightsError("this is a web page, not a checkpoint: download the file itself")
-    if head.startswith((b"\x80", b"\x1f\x8b", b"BZh")) or b"ustar" in head:
+    if head.startswith((b"\x80", b"\x1f\x8b", b"BZh")) or head[257:262] == b"ustar":
         raise WeightsError("the format is that of PyTorch before 1.6, or of another program; expected the zip format. "
                            f"{RESAVE}")
     raise WeightsError(f"this is no file of torch.save: it begins with {head[:8]!r}, expected a zip archive's b'PK'")
+
+
+def shown(value: Any) -> str:
+    """A text for messages, short whatever a file holds: tuples that share their parts can have endless ones."""
+    if isinstance(value, str | bytes):
+        return repr(value[:200])
+    if isinstance(value, int):
+        return repr(value) if abs(value) < 2**64 else "a huge number"
+    return repr(value) if isinstance(value, float | None | np.dtype) else type(value).__name__
+
+
+def check_shape(shape: tuple) -> None:
+    """Raises WeightsError for shapes that NumPy cannot have; it refuses huge ones even if they hold nothing."""
+    if (len(shape) > 32 or any(type(n) is not int or not 0 <= n < 2**59 for n in shape)
+            or math.prod(n for n in shape if n) >= 2**59):
+        raise WeightsError(f"a tensor of shape ({', '.join(map(shown, shape[:40]))}): no such tensor can be; expected "
+                           "at most 32 axes and 2**59 elements")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,7 +190,7 @@ class _TorchFile:
             *(_Global(f"torch {name}", value=dtype) for name, dtype in DTYPES.items()),
             _Global("torch.storage UntypedStorage", value=DTYPES["uint8"]),
             _Global("torch Size", lambda sides: sides),
-            _Global("torch device", lambda *names: ":".join(map(str, names))),
+            _Global("torch device", lambda *names: ":".join(map(shown, names)).replace("'", "")),
             _Global("collections OrderedDict", collections.OrderedDict),
             _Global("argparse Namespace", argparse.Namespace),
             _Global("types SimpleNamespace", argparse.Namespace),
@@ -190,8 +208,9 @@ class _TorchFile:
         except WeightsError:
             raise
         # What a damaged program or note does to an interpreter that trusts it: all of these mean the same here.
-        except (LookupError, TypeError, ValueError, AttributeError, OverflowError, RecursionError,
-                struct.error) as error:
+        # (A name with a backslash is a DeprecationWarning, where warnings are errors.)
+        except (LookupError, TypeError, ValueError, AttributeError, OverflowError, RecursionError, struct.error,
+                DeprecationWarning) as error:
             raise WeightsError(f"the pickle in it is damaged ({type(error).__name__}: {error}): download or save it "
                                "again") from error
         if not isinstance(note, dict):
@@ -218,27 +237,31 @@ class _TorchFile:
     def storage(self, identity: Any) -> _Storage:
         kind, dtype, key, _, count = identity
         if kind != "storage" or not isinstance(dtype, np.dtype) or not isinstance(key, str):
-            raise WeightsError(f"unknown kind of storage {str(identity)[:200]!r}")
+            raise WeightsError(f"unknown kind of storage ({', '.join(map(shown, identity))})")
         name = f"data/{key}"
         if name not in self.records:
-            raise WeightsError(f"a tensor lies in record {name!r}, which is not in the file: download or save it again")
+            raise WeightsError(f"a tensor lies in record {shown(name)}, which is not in the file: download or save it "
+                               "again")
         held = self.records[name].size
         if type(count) is not int or count < 0 or count * dtype.itemsize != held:
-            raise WeightsError(f"storage {key!r} claims {count!r} elements of {dtype} ({dtype.itemsize} bytes each), "
-                               f"record {name!r} holds {held:,} bytes: the file was altered; download or save it again")
+            raise WeightsError(f"storage {shown(key)} claims {shown(count)} elements of {dtype} ({dtype.itemsize} "
+                               f"bytes each), record {shown(name)} holds {held:,} bytes: the file was altered; "
+                               "download or save it again")
         return _Storage(name, dtype, count)
 
     def tensor(self, storage: _Storage, offset: int, shape: tuple, strides: tuple, *, dtype: np.dtype | None = None,
                flags: Mapping[str, bool] | None = None) -> StoredArray:
         if not isinstance(storage, _Storage) or not isinstance(shape, tuple) or not isinstance(strides, tuple):
             raise WeightsError("a tensor without storage, shape or strides")
-        if any(type(n) is not int or n < 0 for n in (offset, *shape, *strides)) or len(shape) != len(strides):
-            raise WeightsError(f"a tensor of shape {shape}, strides {strides} at {offset}: no such tensor can be")
+        check_shape(shape)
+        if len(shape) != len(strides) or any(type(n) is not int or not 0 <= n < 2**59 for n in (offset, *strides)):
+            raise WeightsError(f"a tensor of shape {shape}, strides ({', '.join(map(shown, strides[:40]))}) at "
+                               f"{shown(offset)}: no such tensor can be")
         if flags:
-            raise WeightsError(f"a tensor marked as {', '.join(map(str, flags))}, to be computed when it is read; "
+            if not isinstance(flags, dict):
+                raise TypeError(f"flags in {type(flags).__name__}")
+            raise WeightsError(f"a tensor marked as {', '.join(map(shown, flags))}, to be computed when it is read; "
                                "expected values, of .resolve_conj().resolve_neg()")
-        if len(shape) > 32:
-            raise WeightsError(f"a tensor with {len(shape)} axes, expected at most 32")
         record = self.records[storage.record]
         dtype = storage.dtype if dtype is None else dtype  # strides count elements of the tensor's dtype
         count = record.size // dtype.itemsize
@@ -254,8 +277,8 @@ class _TorchFile:
             self.check(storage.record)
             if 0 in shape:
                 return np.zeros(shape, dtype)
-            return np.ndarray(shape, dtype, self.mapped, record.start + offset * dtype.itemsize,
-                              [stride * dtype.itemsize for stride in strides])
+            stored = np.frombuffer(self.mapped, np.uint8, record.size, record.start)  # keeps the file mapped
+            return np.ndarray(shape, dtype, stored, offset * dtype.itemsize, [s * dtype.itemsize for s in strides])
 
         def release() -> None:
             start = record.start // mmap.PAGESIZE * mmap.PAGESIZE
@@ -271,7 +294,7 @@ class _TorchFile:
     def tensor_v3(self, storage: _Storage, offset: int, shape: tuple, strides: tuple, grad: bool, hooks: Any,
                   dtype: np.dtype, flags: Mapping[str, bool] | None = None) -> StoredArray:
         if not isinstance(dtype, np.dtype):
-            raise WeightsError(f"a tensor of dtype {dtype!r}")
+            raise WeightsError(f"a tensor of dtype {shown(dtype)}")
         return self.tensor(storage, offset, shape, strides, dtype=dtype, flags=flags)
 
 
@@ -297,8 +320,8 @@ def _interpret(program: bytes, known: Mapping[str, _Global], find_storage: Calla
     def find(name: str) -> Any:
         if name not in known:
             raise WeightsError(
-                f"it refers to {name.replace(' ', '.')!r}, which is not among what checkpoints are read with: tensors, "
-                f"containers, numbers, texts and plain namespaces. Nothing in the file was run. {RESAVE}")
+                f"it refers to {shown(name.replace(' ', '.'))}, which is not among what checkpoints are read with: "
+                f"tensors, containers, numbers, texts and plain namespaces. Nothing in the file was run. {RESAVE}")
         return known[name] if known[name].make else known[name].value
 
     def call(function: Any, arguments: tuple) -> Any:
@@ -314,14 +337,16 @@ def _interpret(program: bytes, known: Mapping[str, _Global], find_storage: Calla
         for key, value in zip(items[::2], items[1::2], strict=True):
             check_key(key)
             if key in target:
-                raise WeightsError(f"key {key!r} is there twice: the file was altered. {RESAVE}")
+                raise WeightsError(f"key {shown(key)} is there twice: the file was altered. {RESAVE}")
             target[key] = value
 
     def check_key(key: Any) -> None:
         if not isinstance(key, str | bytes | int | float | bool | None):
             raise TypeError(f"{type(key).__name__} as a key")
 
-    for operation, argument, _ in pickletools.genops(program):
+    for number, (operation, argument, _) in enumerate(pickletools.genops(program)):
+        if number > MOST_OPERATIONS:
+            raise WeightsError(f"its pickle has more than {MOST_OPERATIONS:,} operations: no checkpoint does. {RESAVE}")
         match operation.name:
             case "PROTO" | "FRAME":
                 pass
@@ -376,6 +401,8 @@ def _interpret(program: bytes, known: Mapping[str, _Global], find_storage: Calla
                 stack.append(find(argument))
             case "STACK_GLOBAL":
                 module, name = pop_from(len(stack) - 2)
+                if not isinstance(module, str) or not isinstance(name, str):
+                    raise TypeError(f"{type(module).__name__} and {type(name).__name__} as a name")
                 stack.append(find(f"{module} {name}"))
             case "REDUCE" | "NEWOBJ":
                 function, arguments = pop_from(len(stack) - 2)
@@ -434,7 +461,7 @@ def write_torch_file(path: str | os.PathLike, arrays: Iterable[tuple[str, Stored
                 values = np.asarray(array.read(), order="C")
                 write(f"data/{key}", values.reshape(-1).view(np.uint8).data, values.nbytes)
                 array.release()
-                strides = [s // values.itemsize for s in values.strides]
+                strides = [math.prod(array.shape[axis + 1 :]) for axis in range(len(array.shape))]
                 program += [
                     text(name), b"ctorch._utils\n_rebuild_tensor_v2\n((", text("storage"),
                     f"ctorch\n{storages[values.dtype]}\n".encode(), text(str(key)), text("cpu"), number(values.size),

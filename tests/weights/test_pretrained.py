@@ -197,6 +197,8 @@ def test_the_files_own_word(model, variables, tmp_path):
     [
         (lambda a: {name: x for name, x in a.items() if ".blocks.0." not in name or "levels.2" not in name},
          r"stage 2 has blocks \[1\]: block 0 is missing"),
+        (lambda a: {**a, **{f"levels.1.blocks.{n}.gamma": np.zeros(1, np.float32) for n in range(501)}},
+         "stage 1 has 501 blocks, expected at most 500"),
         (lambda a: {"conv1.weight": a["patch_embed.conv_down.0.weight"]}, "no FasterViT: it lacks 'patch_embed"),
         (lambda a: {**a, "levels.3.blocks.0.mlp.fc1.weight": np.zeros((100, 64), np.float32)}, "expected one ratio"),
         (lambda a: {**a, "levels.2.blocks.0.attn.pos_emb_funct.relative_bias": np.zeros((1, 8, 6, 6), np.float32)},
