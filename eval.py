@@ -11,7 +11,7 @@ import json
 import pathlib
 
 import jax
-from absl import flags
+from absl import app, flags
 from ml_collections import ConfigDict
 
 from fastervit_jax.data import loader, sources
@@ -28,14 +28,13 @@ EMA = flags.DEFINE_bool("ema", False, "The averaged weights of --checkpoint, if 
 
 
 def main(config: ConfigDict, workdir: pathlib.Path) -> None:
+    if EMA.value and not CHECKPOINT.value:
+        raise app.UsageError("--ema without --checkpoint: checkpoints of a run have one set of weights")
     mesh = sharding.make_mesh()
     model = FasterViT(ModelConfig(**config.model))
     if CHECKPOINT.value:
         evaluated = {"checkpoint": CHECKPOINT.value}
-        variables, report = load_weights(CHECKPOINT.value, EMA.value, config, mesh)
-        if report.head:
-            raise ValueError(f"--checkpoint={CHECKPOINT.value} has no head for config.model.num_classes="
-                             f"{config.model.num_classes}: expected weights trained for these classes")
+        variables, _ = load_weights(CHECKPOINT.value, EMA.value, config, mesh, exact=True)
     else:
         metrics.check_config(workdir, config, parts=("model.", "data."))
         abstract = jax.eval_shape(lambda: init_variables(model, config))

@@ -21,7 +21,7 @@ import numpy as np
 
 from fastervit_jax.model.fastervit import FasterViT
 from fastervit_jax.model.variants import ModelConfig, check_keywords, get_variant
-from fastervit_jax.weights import pretrained, sources
+from fastervit_jax.weights import names, pretrained, sources
 
 LARGEST_DIFFERENCE = 1e-4
 """Relative difference of logits, in norm, above which --verify fails; rounding gives 1e-6 or less."""
@@ -33,33 +33,73 @@ def convert(
 ) -> None:
     """Write the weights in `source` to `destination`; see `python -m fastervit_jax.convert --help`."""
     check_keywords("--set", changes or {})
+    if verify:
+        _official_package()
     opened = sources.open_source(source, ema=ema)
     found, config = pretrained.infer(opened, changes or {})
-    resolution = resolution or found.side or get_variant(found.nearest).resolution
+    side = resolution or found.side or opened.side or get_variant(found.nearest).resolution
     arrays, report = pretrained.fit(opened, config)
     report.log()
-    pretrained.write(destination, config, arrays, resolution=resolution)
+    pretrained.write(destination, config, arrays, resolution=side)
     written = pathlib.Path(destination)
     size = sum(path.stat().st_size for path in ([written] if written.is_file() else written.rglob("*")))
     parameters = sum(x.size for x in jax.tree.leaves(pretrained.abstract_variables(config)["params"]))
-    print(f"{destination}: {parameters:,} parameters, {size / 1e6:,.1f} MB")
+    buffers = f", buffers for images of {side} pixels" if written.is_file() else ""
+    print(f"{destination}: {parameters:,} parameters, {size / 1e6:,.1f} MB{buffers}")
     if verify:
-        _verify(source, destination, config, found.nearest, resolution, ema)
+        _verify(opened, sources.open_source(destination), config, found.nearest, side)
 
 
-def _verify(source: str, destination: str, config: ModelConfig, nearest: str, resolution: int, ema: bool) -> None:
-    """Compare the official model with ours, each with the weights of the other's file, on random images."""
-    images = np.random.RandomState(0).normal(size=(2, resolution, resolution, config.in_chans)).astype(np.float32)
-    files = {name: sources.open_source(name, ema=ema) for name in dict.fromkeys((source, destination))}
+def _official_package() -> tuple[Any, Any]:
+    try:
+        import fastervit
+        import torch
+    except Exception as error:  # also what torchvision raises beside another build of torch, a RuntimeError
+        sys.exit("--verify runs the official package, which cannot be imported here: pip install torch torchvision "
+                 f"timm fastervit ({type(error).__name__}: {error})")
+    return fastervit, torch
+
+
+def _verify(
+    source: sources.Source, destination: sources.Source, config: ModelConfig, nearest: str, side: int
+) -> None:
+    """Compare the official model, with each file for PyTorch, and ours, with each side, on random images.
+
+    The official model is the one of that name if the architecture is the registered one: so our table is tested, too.
+    It must take all arrays of the destination; from the source, all but the buffers.
+    """
+    fastervit, torch = _official_package()
+    images = np.random.RandomState(0).normal(size=(2, side, side, config.in_chans)).astype(np.float32)
+    variant = get_variant(nearest)
+    free = {name: getattr(config, name) for name in ("num_classes", "in_chans")}
+    if dataclasses.replace(variant.config, **free) == config and side == variant.resolution:
+        model = fastervit.create_model(nearest, **free)
+    else:
+        fields = {name: value for name, value in dataclasses.asdict(config).items() if name != "dtype"}
+        model = fastervit.create_model("faster_vit_0_any_res", resolution=[side, side], **fields)
+    own = model.state_dict()
+
     ours, theirs = {}, {}
-    for name, opened in files.items():
+    for opened in (source, destination):
         variables, _ = pretrained.load_variables(opened, config)
         with jax.default_matmul_precision("highest"):
-            ours[name] = np.asarray(jax.jit(FasterViT(config).apply)(variables, images), np.float64)
-        if not pathlib.Path(opened.where).is_dir():
-            theirs[name] = _official_logits(opened, config, nearest, images)
+            ours[opened.where] = np.asarray(jax.jit(FasterViT(config).apply)(variables, images), np.float64)
+        if opened.is_folder:
+            continue
+        state = {name: torch.from_numpy(np.array(array.read())) for name, array in opened.arrays.items()}
+        if opened is source:
+            unfit = [name for name, x in own.items() if not names.is_computed(name)
+                     and (name not in state or state[name].shape != x.shape)]
+            if unfit:
+                print(f"official with {opened.where}: left out, {len(unfit)} arrays are others there, {unfit[0]} first")
+                continue
+            state = {name: x if names.is_computed(name) else state[name] for name, x in own.items()}
+        model.float().load_state_dict(state, strict=True)
+        with torch.no_grad():
+            logits = model.double().eval()(torch.from_numpy(images.transpose(0, 3, 1, 2)).double())
+        theirs[opened.where] = logits.numpy()
     if not theirs:
-        sys.exit("--verify: neither is a file for PyTorch, expected one: .pth or .safetensors")
+        sys.exit("--verify: nothing to compare, for the official model reads neither; expected .pth or .safetensors")
     for theirs_name, reference in theirs.items():
         for ours_name, logits in ours.items():
             difference = np.abs(logits - reference).max()
@@ -69,30 +109,6 @@ def _verify(source: str, destination: str, config: ModelConfig, nearest: str, re
             if not relative < LARGEST_DIFFERENCE:
                 sys.exit(f"--verify: not the same function: a relative difference of {relative:.1e}, expected less "
                          f"than {LARGEST_DIFFERENCE:.0e}")
-
-
-def _official_logits(opened: sources.Source, config: ModelConfig, nearest: str, images: np.ndarray) -> np.ndarray:
-    """Logits of the official model, in float64, with the arrays of a file, all of which must fit it.
-
-    It is the one of that name if the architecture is the registered one, so that our table is tested, too.
-    """
-    try:
-        import fastervit
-        import torch
-    except ImportError as error:
-        sys.exit(f"--verify runs the official package, which cannot be imported here ({error}): "
-                 "pip install torch torchvision timm fastervit")
-    variant, side = get_variant(nearest), images.shape[1]
-    free = {name: getattr(config, name) for name in ("num_classes", "in_chans")}
-    if dataclasses.replace(variant.config, **free) == config and side == variant.resolution:
-        model = fastervit.create_model(nearest, **free)
-    else:
-        fields = {name: value for name, value in dataclasses.asdict(config).items() if name != "dtype"}
-        model = fastervit.create_model("faster_vit_0_any_res", resolution=[side, side], **fields)
-    state = {name: torch.from_numpy(np.array(array.read())) for name, array in opened.arrays.items()}
-    model.load_state_dict(state, strict=True)
-    with torch.no_grad():
-        return model.double().eval()(torch.from_numpy(images.transpose(0, 3, 1, 2)).double()).numpy()
 
 
 def _assignment(text: str) -> tuple[str, Any]:

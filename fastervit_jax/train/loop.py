@@ -26,6 +26,8 @@ def check(config: ConfigDict) -> None:
     for name, least in at_least.items():
         if config[name] < least:
             raise ValueError(f"config.{name}={config[name]}: expected at least {least}")
+    if config.init_from_ema and not config.init_from:
+        raise ValueError("config.init_from_ema=True without config.init_from: expected a file of weights to start from")
     model, size = ModelConfig(**config.model), config.data.image_size
     for stage in (2, 3):
         if model.hat[stage] and model.windows(stage, size, size) == (1, 1):

@@ -12,6 +12,7 @@ from fastervit_jax.model.fastervit import FasterViT
 from fastervit_jax.model.variants import ModelConfig
 from fastervit_jax.train.sharding import replicated
 from fastervit_jax.weights import pretrained, sources
+from fastervit_jax.weights.torch_file import WeightsError
 
 
 @flax.struct.dataclass
@@ -48,12 +49,20 @@ def create_state(
 
 
 def load_weights(
-    source: str, ema: bool, config: ConfigDict, mesh: jax.sharding.Mesh
+    source: str, ema: bool, config: ConfigDict, mesh: jax.sharding.Mesh, *, exact: bool = False
 ) -> tuple[dict[str, Any], pretrained.Report]:
     """Variables for `config.model` from a file or folder of weights or a registered name, on the devices of `mesh`.
 
-    The head is new, from config.seed, where its classes are not the source's; see `pretrained.fit` for that and errors.
+    The head is new, from config.seed, where its classes are not the source's. The report warns where the weights are
+    for other windows, another carrier count or propagation. Raises WeightsError where they cannot fit; with `exact`,
+    also where any of these differs.
     """
+    opened = sources.open_source(source, ema=ema)
+    model = ModelConfig(**config.model)
+    unfit, other = pretrained.differences(opened, model, exact=exact)
+    if unfit or (exact and other):
+        raise WeightsError(f"{opened.where} is not for config.model: {'; '.join(unfit + other)}. Give the model that "
+                           "it was trained as, with --config.model.FIELD=VALUE")
+    opened.warnings += other
     return pretrained.load_variables(
-        sources.open_source(source, ema=ema), ModelConfig(**config.model), seed=config.seed,
-        put=lambda x: jax.device_put(x, replicated(mesh)))
+        opened, model, seed=config.seed, put=lambda x: jax.device_put(x, replicated(mesh)))

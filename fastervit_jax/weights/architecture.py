@@ -11,8 +11,8 @@ from fastervit_jax.weights.torch_file import WeightsError
 
 Shapes = Mapping[str, tuple[int, ...]]
 
-# A model is traced block by block: names alone could keep that going for hours.
-MOST_BLOCKS = 500
+# A model is traced block by block: mere names could keep that going for hours.
+MOST_BLOCKS, LEAST_ARRAYS = 500, 10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +53,8 @@ def infer(shapes: Shapes, *, nearest: str | None = None, stated: Mapping[str, An
     fields = {**dataclasses.asdict(variant), **(stated or {})}
     told = {name: value for name, value in inferred.items() if value is not None}
     for name in ("layer_scale", "layer_scale_conv"):  # there or not; an initial value changes nothing that is loaded
-        told[name] = None if not inferred[name] else (stated or {}).get(name) or getattr(variant, name) or 1e-5
+        known = ((stated or {}).get(name), getattr(variant, name), 1e-5)
+        told[name] = next(value for value in known if value is not None) if inferred[name] else None
     widths = [4 * told["dim"], 8 * told["dim"]]
     if stated and [int(width * stated["mlp_ratio"]) for width in widths] == [
             int(width * told["mlp_ratio"]) for width in widths]:
@@ -113,6 +114,9 @@ def _from_shapes(shapes: Shapes) -> dict[str, Any]:
         if missing:
             raise WeightsError(f"stage {stage} has blocks {sorted(numbers)}: block {missing[0]} is missing")
 
+    if sum(map(len, blocks.values())) * LEAST_ARRAYS > len(shapes):
+        raise WeightsError(f"stages have {[len(numbers) for numbers in blocks.values()]} blocks, but there are only "
+                           f"{len(shapes):,} arrays: a block has at least {LEAST_ARRAYS}")
     block = "levels.{}.blocks.0.{}".format
     heads = tuple(_shape(shapes, block(stage, "attn.pos_emb_funct.cpb_mlp.2.weight"), 2)[0] for stage in (2, 3))
     mlp_ratio = _ratio([_shape(shapes, block(stage, "mlp.fc1.weight"), 2) for stage in (2, 3)])
@@ -168,20 +172,28 @@ def _carriers(shapes: Shapes, stage: int, window: int | None) -> int | None:
 
 
 def _side(shapes: Shapes, config: ModelConfig) -> int | None:
+    """The largest multiple of 32 pixels with as many windows as the buffers for carrier tokens, where there are any."""
+    grids = {}
     for stage in (2, 3):
         table = shapes.get(f"levels.{stage}.blocks.0.hat_attn.pos_emb_funct.relative_coords_table")
         if config.hat[stage] and table is not None and len(table) == 4:
             windows, rest = divmod((table[1] + 1) // 2, config.ct_size)
-            if not rest and windows > 1:
-                return windows * config.window_size[stage] * 4 * 2**stage
-    return None
+            if rest or windows < 2:
+                return None
+            grids[stage] = windows
+    if not grids:
+        return None
+    largest = min(windows * config.window_size[stage] * 4 * 2**stage for stage, windows in grids.items())
+    smaller = range(largest // 32 * 32, 0, -32)
+    return next((side for side in smaller
+                 if all(config.windows(stage, side, side)[0] == windows for stage, windows in grids.items())), None)
 
 
 def _most_similar(inferred: Mapping[str, Any]) -> str:
     def distance(name: str) -> tuple:
         config = VARIANTS[name].config
         return (
-            bool(config.layer_scale) != inferred["layer_scale"],
+            (config.layer_scale is not None) != inferred["layer_scale"],
             config.hat != inferred["hat"],
             abs(math.log(config.dim / inferred["dim"])),
             sum(abs(a - b) for a, b in zip(config.depths, inferred["depths"], strict=True)),

@@ -11,8 +11,7 @@ import logging
 import math
 import os
 import pathlib
-import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -26,9 +25,13 @@ from fastervit_jax.model.variants import ModelConfig, check_keywords, get_varian
 from fastervit_jax.weights import architecture, names
 from fastervit_jax.weights.buffers import make_buffers
 from fastervit_jax.weights.sources import Source, open_registered, open_source
-from fastervit_jax.weights.torch_file import NOTE, StoredArray, WeightsError, write_torch_file
+from fastervit_jax.weights.torch_file import NOTE, StoredArray, WeightsError, replacing, write_torch_file
 
 LOG = logging.getLogger("fastervit_jax")
+
+# Fields of ModelConfig that a load can change by changing arrays; and those that change the function, but no array.
+CHANGED_BY_LOADING = {"num_classes", "in_chans"}
+ONLY_FUNCTION = {"window_size", "ct_size", "do_propagation"}
 
 
 @dataclasses.dataclass
@@ -138,7 +141,7 @@ def fit(source: Source, config: ModelConfig, *, seed: int = 0) -> tuple[dict[str
                    for name, array in left.items() if name not in (*report.derived, *idle)]
     if mismatches:
         raise WeightsError("\n  ".join([
-            f"{source.where}: {len(mismatches)} arrays do not fit the model with {_describe(config)}:",
+            f"{source.where}: {len(mismatches)} array(s) do not fit the model with {_describe(config)}:",
             *sorted(mismatches)]))
     casts = {str(source.arrays[name].dtype) for name in wanted if name in source.arrays and name not in replaced}
     if casts - {"float32"}:
@@ -207,7 +210,44 @@ def infer(source: Source, changes: Mapping[str, Any]) -> tuple[architecture.Arch
             LOG.info("%s: %s, the name that it came with", source.where, text)
         else:
             source.warnings.append(f"{text}: the arrays do not tell; if it is otherwise, say so by keyword")
+    if source.registered:
+        other = _differences(found.config, variant, {*found.inferred, "do_propagation"} - CHANGED_BY_LOADING)
+        if other:
+            source.warnings.append(f"the arrays are not those of {source.nearest}: {'; '.join(other)}")
     return found, dataclasses.replace(found.config, **changes)
+
+
+def _differences(theirs: ModelConfig, ours: ModelConfig, fields: Iterable[str]) -> list[str]:
+    """Which of the fields make two configs different functions."""
+    last_two = ("num_heads", "window_size")  # their entries for stages 0 and 1 have no effect
+    different = []
+    for name in sorted(fields):
+        a, b = getattr(theirs, name), getattr(ours, name)
+        if name in ("layer_scale", "layer_scale_conv"):
+            same = (a is None) == (b is None)
+        elif name in ("ct_size", "do_propagation"):
+            same = a == b or not any(ours.hat)
+        else:
+            same = a == b or (name in last_two and a[2:] == b[2:])
+        if not same:
+            different.append(f"{name} {a} in the file, {b} expected")
+    return different
+
+
+def differences(source: Source, config: ModelConfig, *, exact: bool) -> tuple[list[str], list[str]]:
+    """What a source tells of its architecture that is otherwise in `config`.
+
+    Returns what its arrays cannot fit (classes and channels, which can be changed, with `exact` only), and what they
+    fit, though it is another function: windows, carrier count, propagation.
+    """
+    shapes = {name: array.shape for name, array in source.arrays.items()}
+    try:
+        found = architecture.infer(shapes, nearest=source.nearest, stated=source.stated)
+    except WeightsError as error:
+        raise WeightsError(f"{source.where}: {error}") from error.__cause__
+    told = {*found.inferred, *(ONLY_FUNCTION if source.stated else ())}
+    fixed = told - ONLY_FUNCTION - (set() if exact else CHANGED_BY_LOADING)
+    return _differences(found.config, config, fixed), _differences(found.config, config, told & ONLY_FUNCTION)
 
 
 def load_variables(
@@ -266,7 +306,8 @@ def _build(source: Source, changes: Mapping[str, Any], seed: int) -> tuple[Faste
 
 
 def create_model(
-    name: str, *, pretrained: bool = False, checkpoint_path: str | os.PathLike | None = None, **changes: Any
+    name: str, *, pretrained: bool = False, checkpoint_path: str | os.PathLike | None = None, ema: bool = False,
+    seed: int = 0, **changes: Any,
 ) -> FasterViT | tuple[FasterViT, dict[str, Any]]:
     """The registered model `name`, with any field of `ModelConfig` changed.
 
@@ -274,8 +315,8 @@ def create_model(
         variables = model.init(jax.random.key(0), jnp.zeros((1, 224, 224, 3)))
         model, variables = create_model("faster_vit_0_224", pretrained=True)
 
-    With `pretrained`, or a `checkpoint_path`, what `from_pretrained(name, checkpoint_path=...)` gives: the model and
-    its variables.
+    With `pretrained`, or a `checkpoint_path`, the model and its variables, as `from_pretrained` gives them: see there,
+    for `ema` and `seed`, too.
 
     Raises ValueError for an unknown name (with the nearest ones) or values that fit no model,
     TypeError for a keyword that is no field of `ModelConfig`.
@@ -283,24 +324,29 @@ def create_model(
     if not pretrained and checkpoint_path is None:
         return fastervit.create_model(name, **changes)
     check_keywords("create_model", changes)
-    return _build(open_registered(name, checkpoint_path=checkpoint_path), changes, seed=0)
+    return _build(open_registered(name, checkpoint_path=checkpoint_path, ema=ema), changes, seed)
 
 
 # Writing
 
 
 def write(
-    path: str | os.PathLike, config: ModelConfig, arrays: Mapping[str, StoredArray], *, resolution: int | None = None
+    path: str | os.PathLike, config: ModelConfig, arrays: Mapping[str, StoredArray], *, resolution: int = 224
 ) -> None:
     """Write a model's arrays, by official name, to a .safetensors or .pth file or a folder; see `save_pretrained`."""
     path = pathlib.Path(path)
+    if isinstance(resolution, bool) or not isinstance(resolution, int) or not 32 <= resolution < 2**16:
+        raise ValueError(f"resolution={resolution!r}: expected the side of square images, a whole number of pixels "
+                         "of at least 32")
     note = {"config": dataclasses.asdict(config)}
     if path.suffix not in (".safetensors", ".pth", ".pt", ".tar"):
         if path.suffix:
             raise ValueError(f"{path}: expected a name that ends in .safetensors, .pth, .pt or .pth.tar, or a folder's")
         return _write_orbax(path, config, arrays)
     aliases = {name.replace(*names.ALIAS[::-1]): array for name, array in arrays.items() if names.ALIAS[1] in name}
-    buffers = make_buffers(config, 224 if resolution is None else resolution, arrays)
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder: give a file's name")
+    buffers = make_buffers(config, resolution, arrays)
     everything = dict(sorted({**arrays, **aliases, **dict(buffers)}.items()))
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".safetensors":
@@ -322,16 +368,11 @@ def _write_safetensors(path: pathlib.Path, arrays: Mapping[str, StoredArray], no
         header[name] = {"dtype": dtypes[array.dtype], "shape": list(array.shape), "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with partial.open("wb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
-            for array in arrays.values():
-                file.write(np.asarray(array.read(), order="C").reshape(-1).view(np.uint8).data)
-                array.release()
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with replacing(path) as partial, partial.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for array in arrays.values():
+            file.write(np.asarray(array.read(), order="C").reshape(-1).view(np.uint8).data)
+            array.release()
 
 
 def _write_orbax(path: pathlib.Path, config: ModelConfig, arrays: Mapping[str, StoredArray]) -> None:
@@ -345,24 +386,22 @@ def _write_orbax(path: pathlib.Path, config: ModelConfig, arrays: Mapping[str, S
             np.array(names.to_flax_layout(flax_path, arrays[name].read()), order="C"))
         arrays[name].release()
     tree = {collection: unflatten_dict(leaves, sep="/") for collection, leaves in flat.items()}
-    partial = path.with_name(path.name + ".partial").absolute()
-    if partial.exists():
-        shutil.rmtree(partial)  # from a conversion that was killed
-    partial.mkdir(parents=True)
-    # In parts of a quarter of a gigabyte, so that the whole is in memory once, not twice.
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(save_concurrent_gb=0.25)) as checkpointer:
-        checkpointer.save(partial / "variables", tree)
-    (partial / "config.json").write_text(json.dumps({"model": dataclasses.asdict(config)}, indent=2) + "\n")
-    partial.rename(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as partial:
+        partial.mkdir()
+        # In parts of a quarter of a gigabyte, so that the whole is in memory once, not twice.
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(save_concurrent_gb=0.25)) as checkpointer:
+            checkpointer.save(partial / "variables", tree)
+        (partial / "config.json").write_text(json.dumps({"model": dataclasses.asdict(config)}, indent=2) + "\n")
 
 
 def save_pretrained(
-    model: FasterViT, variables: Mapping[str, Any], path: str | os.PathLike, *, resolution: int | None = None
+    model: FasterViT, variables: Mapping[str, Any], path: str | os.PathLike, *, resolution: int = 224
 ) -> None:
     """Write a .safetensors or .pth file that the official PyTorch model loads with strict=True.
 
-    Its computed buffers are in it; those of carrier tokens are for square images of `resolution` pixels, 224
-    unless given, for which the official model must then be created. A path without a suffix becomes a folder in
+    Its computed buffers are in it; those of carrier tokens are for square images of `resolution` pixels, for which the
+    official model must then be created. A path without a suffix becomes a folder in
     orbax's format. All forms keep the model's config, and `from_pretrained` reads all. Files of that name are replaced.
 
     Raises ValueError for another suffix, FileExistsError for a folder that exists, WeightsError if the variables are

@@ -39,7 +39,15 @@ class Source:
     where: str
     arrays: dict[str, StoredArray]
     nearest: str | None = None
+    """The registered variant that it is named for, if it is."""
     stated: Mapping[str, Any] | None = None
+    """Fields of `ModelConfig`, in files that we write."""
+    registered: bool = False
+    """Whether a user named the variant."""
+    is_folder: bool = False
+    """Whether it is one in orbax's format, rather than a file."""
+    side: int | None = None
+    """Pixels a side of a run's images."""
     warnings: list[str] = dataclasses.field(default_factory=list)
     """Where it is not quite what was asked for."""
 
@@ -71,12 +79,13 @@ def open_registered(name: str, *, checkpoint_path: str | os.PathLike | None = No
     get_variant(name)
     name = ANY_RES.get(name, name)
     if checkpoint_path is not None:
-        return dataclasses.replace(open_source(pathlib.Path(checkpoint_path), ema=ema), nearest=name)
+        opened = open_source(pathlib.Path(checkpoint_path), ema=ema)
+        return dataclasses.replace(opened, nearest=name, registered=True)
     path = fetch(name)
     # The client never looks into a file that it has: one that is damaged must go before it gets another.
     where = f"{path.name} (kept at {path.resolve()}; if it is damaged, delete that and try again)"
     try:
-        return dataclasses.replace(open_source(path, ema=ema), where=where, nearest=name)
+        return dataclasses.replace(open_source(path, ema=ema), where=where, nearest=name, registered=True)
     except WeightsError as error:
         raise WeightsError(f"{where}: {error}") from error.__cause__
 
@@ -117,8 +126,10 @@ def _named(entries: Mapping[Any, Any]) -> dict[str, StoredArray]:
             raise WeightsError(f"{shown(theirs[name])} and {shown(key)} are both {shown(name)}, once the prefixes of "
                                "wrappers are taken off; expected one of them")
         arrays[name], theirs[name] = array, key
-    for name in [name for name in arrays if names.ALIAS[0] in name]:
-        arrays.setdefault(name.replace(*names.ALIAS), arrays[name])  # files may keep either name
+    for name in list(arrays):  # files may keep either name of the shared convolution
+        for here, there in (names.ALIAS, names.ALIAS[::-1]):
+            if here in name:
+                arrays.setdefault(name.replace(here, there), arrays[name])
     return arrays
 
 
@@ -192,25 +203,28 @@ def _open_orbax(path: pathlib.Path, ema: bool) -> Source:
     if folder is None or not (path / "config.json").exists():
         raise WeightsError("the folder is none of ours: expected config.json, and variables/ (made by convert) or "
                            "checkpoints/STEP/variables/ (made by train.py)")
-    try:
-        stated = json.loads((path / "config.json").read_text())["model"]
-    except (ValueError, LookupError, TypeError) as error:
-        raise WeightsError(f"config.json is damaged ({type(error).__name__}: {error}); expected the model's fields "
-                           "under 'model'") from error
     # In parts of a quarter of a gigabyte, so that the whole is in memory once, not twice.
     handler = ocp.PyTreeCheckpointHandler(restore_concurrent_gb=0.25)
+    arrays = {}
     try:
+        config = json.loads((path / "config.json").read_text())
+        stated, side = _stated({"config": config["model"]}), config.get("data", {}).get("image_size")
         tree = handler.metadata(folder.absolute()).tree
         wanted = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
         restored = handler.restore(folder.absolute(), args=ocp.args.PyTreeRestore(restore_args=wanted))
+        for collection in ("params", "batch_stats"):
+            for flax_path, array in flatten_dict(restored[collection], sep="/").items():
+                array = names.to_pytorch_layout(flax_path, array)
+                arrays[names.pytorch_name(flax_path)] = StoredArray(array.shape, array.dtype, lambda array=array: array)
+    except WeightsError:
+        raise
+    except (ValueError, LookupError, TypeError, AttributeError, OSError, RecursionError) as error:
+        raise WeightsError(f"config.json or {folder.name}/ is damaged ({type(error).__name__}: {str(error)[:300]}): "
+                           "convert the weights again, or take a whole checkpoint") from error
     finally:
         handler.close()
-    arrays = {}
-    for collection in ("params", "batch_stats"):
-        for flax_path, array in flatten_dict(restored[collection], sep="/").items():
-            array = names.to_pytorch_layout(flax_path, array)
-            arrays[names.pytorch_name(flax_path)] = StoredArray(array.shape, array.dtype, lambda array=array: array)
-    source = Source(str(folder), arrays, stated=stated)
+    source = Source(str(folder), arrays, stated=stated, is_folder=True,
+                    side=side if isinstance(side, int) else None)
     if ema:
         source.warnings.append("ema=True, but the folder has one set of weights: loaded it")
     return source

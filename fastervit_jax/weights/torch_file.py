@@ -7,6 +7,7 @@ program is interpreted by hand: it can build containers, numbers, texts and tens
 
 import argparse
 import collections
+import contextlib
 import dataclasses
 import json
 import math
@@ -14,10 +15,12 @@ import mmap
 import os
 import pathlib
 import pickletools
+import secrets
+import shutil
 import struct
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import ml_dtypes
@@ -79,15 +82,15 @@ def read_torch_file(path: str | os.PathLike) -> tuple[Any, dict[str, Any]]:
     try:
         with path.open("rb") as file:
             head = file.read(512)
-            _check_kind(path, head)
+            _check_kind(head)
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            records = _zip_records(path, file, mapped)
-        return _TorchFile(path, mapped, records).read()
+            records = _zip_records(file, mapped)
+        return _TorchFile(mapped, records).read()
     except WeightsError as error:
         raise WeightsError(f"{path}: {error}") from error.__cause__
 
 
-def _check_kind(path: pathlib.Path, head: bytes) -> None:
+def _check_kind(head: bytes) -> None:
     if head.startswith(b"PK\x03\x04"):
         return
     if not head:
@@ -127,7 +130,7 @@ class _Record:
     crc: int
 
 
-def _zip_records(path: pathlib.Path, file: Any, mapped: mmap.mmap) -> dict[str, _Record]:
+def _zip_records(file: Any, mapped: mmap.mmap) -> dict[str, _Record]:
     """Where the bytes of each record of an archive lie, without its top folder's name; all within the file."""
     try:
         with zipfile.ZipFile(file) as archive:
@@ -136,6 +139,8 @@ def _zip_records(path: pathlib.Path, file: Any, mapped: mmap.mmap) -> dict[str, 
     except (zipfile.BadZipFile, ValueError, NotImplementedError, OverflowError, MemoryError, OSError, EOFError,
             struct.error) as error:
         raise WeightsError(f"the archive is damaged or was cut off ({error}): download or save it again") from error
+    if any(entry.filename.endswith("/constants.pkl") for entry in entries):
+        raise WeightsError("this is a TorchScript program, expected a checkpoint: save model.state_dict()")
     records = {}
     for entry in entries:
         name = entry.filename.partition("/")[2]
@@ -173,15 +178,13 @@ class _Storage:
 
 
 class _TorchFile:
-    def __init__(self, path: pathlib.Path, mapped: mmap.mmap, records: dict[str, _Record]):
-        self.path, self.mapped, self.records = path, mapped, records
+    def __init__(self, mapped: mmap.mmap, records: dict[str, _Record]):
+        self.mapped, self.records = mapped, records
         self.checked: set[str] = set()
 
     def read(self) -> tuple[Any, dict[str, Any]]:
         if "data.pkl" not in self.records:
             raise WeightsError(f"no record data.pkl in the archive: it is no file of torch.save. {RESAVE}")
-        if "constants.pkl" in self.records:
-            raise WeightsError("this is a TorchScript program, expected a checkpoint: save model.state_dict()")
         if "byteorder" in self.records and self.bytes("byteorder", 16) != b"little":
             raise WeightsError(f"the numbers are in big-endian order, expected little. {RESAVE}")
         program = self.bytes("data.pkl", LARGEST_PICKLE)
@@ -220,7 +223,7 @@ class _TorchFile:
     def bytes(self, name: str, limit: int) -> bytes:
         record = self.records[name]
         if record.size > limit:
-            raise WeightsError(f"record {name} has {record.size:,} bytes, expected at most {limit:,}")
+            raise WeightsError(f"record {name} has {record.size:,} bytes, expected at most {limit:,}. {RESAVE}")
         self.check(name)
         return self.mapped[record.start : record.start + record.size]
 
@@ -420,6 +423,23 @@ def _interpret(program: bytes, known: Mapping[str, _Global], find_storage: Calla
     raise ValueError("no end")
 
 
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
+    """A path beside `path` to write to; what is there at the end takes the place of `path`, all at once.
+
+    Each writer has its own, so that several at a time do not mix. A link stays, and what it points to is replaced.
+    """
+    path = pathlib.Path(path).resolve()
+    partial = path.with_name(f"{path.name}.{os.getpid()}-{secrets.token_hex(4)}.partial")
+    try:
+        yield partial
+        os.replace(partial, path)
+    finally:
+        if partial.is_dir():
+            shutil.rmtree(partial)
+        partial.unlink(missing_ok=True)
+
+
 NOTE = "fastervit_jax.json"
 """Name of the record with our own note in files that we write; PyTorch does not look at it."""
 
@@ -429,8 +449,6 @@ def write_torch_file(path: str | os.PathLike, arrays: Iterable[tuple[str, Stored
 
     The file appears under its name when it is complete.
     """
-    path = pathlib.Path(path)
-    partial = path.with_name(path.name + ".partial")
     storages = {np.dtype(np.float32): "FloatStorage", np.dtype(np.int64): "LongStorage"}
 
     def text(value: str) -> bytes:
@@ -445,31 +463,27 @@ def write_torch_file(path: str | os.PathLike, arrays: Iterable[tuple[str, Stored
 
     ordered_dict = b"ccollections\nOrderedDict\n)R"
     program = [b"\x80\x02", ordered_dict, b"("]
-    try:
-        with zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
+    with replacing(path) as partial, zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
 
-            def write(name: str, data: Any, size: int) -> None:
-                entry = zipfile.ZipInfo(f"archive/{name}")
-                entry.file_size = size
-                # Bytes begin at multiples of 64, as PyTorch's do, so that they can be mapped.
-                used = archive.fp.tell() + 30 + len(entry.filename) + 4
-                entry.extra = struct.pack("<2sH", b"FB", -used % 64) + bytes(-used % 64)
-                with archive.open(entry, "w") as file:
-                    file.write(data)
+        def write(name: str, data: Any, size: int) -> None:
+            entry = zipfile.ZipInfo(f"archive/{name}")
+            entry.file_size = size
+            # Bytes begin at multiples of 64, as PyTorch's do, so that they can be mapped.
+            used = archive.fp.tell() + 30 + len(entry.filename) + 4
+            entry.extra = struct.pack("<2sH", b"FB", -used % 64) + bytes(-used % 64)
+            with archive.open(entry, "w") as file:
+                file.write(data)
 
-            for key, (name, array) in enumerate(arrays):
-                values = np.asarray(array.read(), order="C")
-                write(f"data/{key}", values.reshape(-1).view(np.uint8).data, values.nbytes)
-                array.release()
-                strides = [math.prod(array.shape[axis + 1 :]) for axis in range(len(array.shape))]
-                program += [
-                    text(name), b"ctorch._utils\n_rebuild_tensor_v2\n((", text("storage"),
-                    f"ctorch\n{storages[values.dtype]}\n".encode(), text(str(key)), text("cpu"), number(values.size),
-                    b"tQ", number(0), numbers(array.shape), numbers(strides), b"\x89", ordered_dict, b"tR"]
-            program += [b"u."]
-            for name, data in {"data.pkl": b"".join(program), "byteorder": b"little", "version": b"3\n",
-                               NOTE: json.dumps(note).encode()}.items():
-                write(name, data, len(data))
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+        for key, (name, array) in enumerate(arrays):
+            values = np.asarray(array.read(), order="C")
+            write(f"data/{key}", values.reshape(-1).view(np.uint8).data, values.nbytes)
+            array.release()
+            strides = [math.prod(array.shape[axis + 1 :]) for axis in range(len(array.shape))]
+            program += [
+                text(name), b"ctorch._utils\n_rebuild_tensor_v2\n((", text("storage"),
+                f"ctorch\n{storages[values.dtype]}\n".encode(), text(str(key)), text("cpu"), number(values.size),
+                b"tQ", number(0), numbers(array.shape), numbers(strides), b"\x89", ordered_dict, b"tR"]
+        program += [b"u."]
+        for name, data in {"data.pkl": b"".join(program), "byteorder": b"little", "version": b"3\n",
+                           NOTE: json.dumps(note).encode()}.items():
+            write(name, data, len(data))

@@ -125,8 +125,9 @@ def test_one_compilation_and_no_implicit_transfer(tmp_path, monkeypatch, capfd):
         ({"model.window_size": (4, 4, 4, 2)}, r"images of 64 pixels stage 2 has a single window of 4 tokens a side"),
         ({"seed": -1}, r"config.seed=-1: expected at least 0"),
         ({"keep_checkpoints": 0}, r"config.keep_checkpoints=0: expected at least 1"),
+        ({"init_from_ema": True}, r"config.init_from_ema=True without config.init_from"),
         ({"init_from": "no_such.pth"}, r"no file, folder or registered model 'no_such.pth'"),
-        ({"init_from": str(ROOT / "tests/golden/torch_save.pth")}, r"torch_save.pth .* arrays do not fit the model"),
+        ({"init_from": str(ROOT / "tests/golden/torch_save.pth")}, r"torch_save.pth .*no FasterViT"),
     ],
 )
 def test_bad_config_leaves_the_workdir_free(changes, message, tmp_path):
@@ -184,6 +185,12 @@ def test_start_from_weights(whole, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, kept["params"], variables["params"])
     evaluated = output(command("eval.py", tmp_path / "none", f"--checkpoint={file}")).splitlines()
     assert json.loads(evaluated[-1]) == {"name": "digits", "split": "validation", "checkpoint": str(file), **whole[1]}
+    process = command("eval.py", tmp_path / "none", f"--checkpoint={file}", "--config.model.window_size=(4,4,4,4)",
+                      "--config.model.do_propagation=True", "--config.model.num_classes=11")
+    message = ("is not for config.model: num_classes 10 in the file, 11 expected; do_propagation False in the file, True "
+               "expected; window_size (2, 2, 2, 2) in the file, (4, 4, 4, 4) expected")
+    assert message in process.communicate()[1]
+    assert process.returncode != 0
     file.unlink()
     assert loop.train(config, tmp_path / "run") == result
 

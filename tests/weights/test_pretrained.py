@@ -1,10 +1,12 @@
 """Weights into models and back: names, wrappers, architectures, changes on the way, forms, and what does not fit."""
 
+import concurrent.futures
 import dataclasses
 import itertools
 import json
 import logging
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -199,6 +201,8 @@ def test_the_files_own_word(model, variables, tmp_path):
          r"stage 2 has blocks \[1\]: block 0 is missing"),
         (lambda a: {**a, **{f"levels.1.blocks.{n}.gamma": np.zeros(1, np.float32) for n in range(501)}},
          "stage 1 has 501 blocks, expected at most 500"),
+        (lambda a: {**a, **{f"levels.1.blocks.{n}.gamma": np.zeros(1, np.float32) for n in range(60)}},
+         r"stages have \[1, 60, 2, 1\] blocks, but there are only \d+ arrays"),
         (lambda a: {"conv1.weight": a["patch_embed.conv_down.0.weight"]}, "no FasterViT: it lacks 'patch_embed"),
         (lambda a: {**a, "levels.3.blocks.0.mlp.fc1.weight": np.zeros((100, 64), np.float32)}, "expected one ratio"),
         (lambda a: {**a, "levels.2.blocks.0.attn.pos_emb_funct.relative_bias": np.zeros((1, 8, 6, 6), np.float32)},
@@ -306,13 +310,13 @@ def test_mismatches_are_listed(broken, lines, whole, tmp_path):
     with pytest.raises(WeightsError) as error:
         fv.from_pretrained(path)
     first, *rest = str(error.value).split("\n  ")
-    assert first.startswith(f"{path}: {len(lines)} arrays do not fit the model with dim=8, ")
+    assert first.startswith(f"{path}: {len(lines)} array(s) do not fit the model with dim=8, ")
     assert rest == lines
 
 
 def test_changes_that_cannot_be(whole, tmp_path):
     path = torch_file(tmp_path / "a.pth", whole)
-    with pytest.raises(WeightsError, match=r"arrays do not fit(?s:.)*levels.2.blocks.2.attn.qkv.weight: not in"):
+    with pytest.raises(WeightsError, match=r"do not fit(?s:.)*levels.2.blocks.2.attn.qkv.weight: not in"):
         fv.from_pretrained(path, depths=(1, 1, 3, 1))
     with pytest.raises(TypeError, match="from_pretrained got unknown keywords: num_class; known are dim"):
         fv.from_pretrained(path, num_class=3)
@@ -324,6 +328,50 @@ def test_changes_that_cannot_be(whole, tmp_path):
         fv.create_model("faster_vit_0_224", checkpoint_path="faster_vit_1_224")
     with pytest.raises(ValueError, match="unknown model 'faster_vit_9'"):
         fv.create_model("faster_vit_9", checkpoint_path=path)
+
+
+def test_another_models_file_under_a_registered_name(whole, variables, tmp_path, caplog):
+    _, same = fv.create_model("faster_vit_3_224", checkpoint_path=torch_file(tmp_path / "a.pth", whole))
+    assert_same(same, variables)
+    assert "the arrays are not those of faster_vit_3_224: ct_size 1 in the file, 2 expected; depths (1, " in caplog.text
+    assert "num_classes" not in caplog.text.partition("not those of")[2]
+
+
+def test_layer_scale_of_zero(model, variables, tmp_path):
+    """The initial value says whether there is any, and 0 is one."""
+    config = dataclasses.replace(model.config, layer_scale=0.0, layer_scale_conv=0.0)
+    fv.save_pretrained(fv.FasterViT(config), variables, tmp_path / "a.pth")
+    assert fv.from_pretrained(tmp_path / "a.pth")[0].config == config
+
+
+@pytest.mark.parametrize("side", [256, 464, 512])
+def test_side_of_the_images(side):
+    """From the buffers, an image size that has the same grids of carrier tokens in both stages, padded or not."""
+    changes = {"hat": (False, False, True, True), "window_size": (7, 7, 7, 5)}
+    config, arrays, buffers = shapes_of("faster_vit_0_224", side, **changes)
+    found = architecture.infer({**arrays, **buffers}).side
+    assert shapes_of("faster_vit_0_224", found, **changes)[2] == buffers
+    for stage in (2, 3):
+        assert config.windows(stage, found, found) == config.windows(stage, side, side)
+
+
+def test_writers_at_the_same_time_do_not_mix(model, variables, tmp_path):
+    """And what a link points to is replaced, not the link."""
+    (tmp_path / "there").mkdir()
+    for name in ("a.pth", "a.safetensors"):
+        target, link = tmp_path / "there" / name, tmp_path / name
+        target.write_bytes(b"")
+        link.symlink_to(target)
+        others = jax.tree.map(lambda x: x + 1, variables)
+        with concurrent.futures.ThreadPoolExecutor(4) as pool:
+            done = [pool.submit(fv.save_pretrained, model, weights, link) for weights in (variables, others) * 4]
+            for one in done:
+                one.result()
+        _, read = fv.from_pretrained(target)
+        assert link.is_symlink()
+        first = np.array_equal(read["params"]["head"]["bias"], variables["params"]["head"]["bias"])
+        assert_same(read, variables if first else others)
+    assert sorted(path.name for path in (tmp_path / "there").iterdir()) == ["a.pth", "a.safetensors"]
 
 
 # Forms
@@ -348,6 +396,9 @@ def test_what_cannot_be_saved(model, variables, tmp_path):
         fv.save_pretrained(fv.create_model("testing", num_classes=3), variables, tmp_path / "a.pth")
     with pytest.raises(WeightsError, match=r"not this model's:\n  batch_stats/norm/mean: missing, expected \(64,\)"):
         fv.save_pretrained(model, {"params": variables["params"]}, tmp_path / "a.pth")
+    for resolution in (0, 100_000, "224", (224, 448), None, True):
+        with pytest.raises((ValueError, TypeError), match="resolution"):  # or by its type
+            fv.save_pretrained(model, variables, tmp_path / "a.pth", resolution=resolution)
     bad = jax.tree.map(lambda x: x, variables)
     bad["params"]["norm"]["scale"] = np.full(64, np.nan, np.float32)
     for form in ("a.pth", "a.safetensors", "folder"):
@@ -357,6 +408,17 @@ def test_what_cannot_be_saved(model, variables, tmp_path):
     fv.save_pretrained(model, variables, tmp_path / "folder")
     with pytest.raises(FileExistsError, match="give a folder that does not"):
         fv.save_pretrained(model, variables, tmp_path / "folder")
+
+
+def test_damaged_folder(model, variables, tmp_path):
+    fv.save_pretrained(model, variables, tmp_path / "whole")
+    shutil.copytree(tmp_path / "whole", tmp_path / "a")
+    (tmp_path / "a" / "config.json").write_text("[" * 100_000)
+    shutil.copytree(tmp_path / "whole", tmp_path / "b")
+    (tmp_path / "b" / "variables" / "manifest.ocdbt").unlink()
+    for folder in ("a", "b"):
+        with pytest.raises(WeightsError, match=rf"/{folder}: config\.json or variables/ is damaged"):
+            fv.from_pretrained(tmp_path / folder)
 
 
 def test_foreign_folder(tmp_path):
@@ -377,6 +439,7 @@ def test_convert(model, variables, whole, tmp_path):
         done = convert(source, destination, "--set", "layer_scale=0.5", "--resolution", SIDE)
         assert done.returncode == 0, done.stderr
         assert f"{destination}: {parameters:,} parameters, " in done.stdout
+        assert ("buffers for images of 128 pixels" in done.stdout) == (destination.suffix != "")
     assert "inferred in_chans=3, in_dim=8, dim=8, depths=(1, 1, 2, 1)" in convert(start, tmp_path / "e.pth").stderr
     loaded, same = fv.from_pretrained(tmp_path / "d.pt")
     assert loaded.config.layer_scale == 0.5
