@@ -46,7 +46,7 @@ KNOBS = {
 }  # fmt: skip
 # These say what the loop does, not what the step computes; tests/train/test_loop.py and the names show them.
 ELSEWHERE = {"name", "data.source", "log_every_steps", "eval_every_epochs", "checkpoint_every_epochs",
-             "keep_checkpoints"}  # fmt: skip
+             "keep_checkpoints", "init_from", "init_from_ema"}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
