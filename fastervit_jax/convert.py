@@ -37,7 +37,8 @@ def convert(
         _official_package()
     opened = sources.open_source(source, ema=ema)
     found, config = pretrained.infer(opened, changes or {})
-    side = resolution or found.side or opened.side or get_variant(found.nearest).resolution
+    told = (resolution, found.side, opened.side, get_variant(found.nearest).resolution)
+    side = next(side for side in told if side is not None)
     arrays, report = pretrained.fit(opened, config)
     report.log()
     pretrained.write(destination, config, arrays, resolution=side)

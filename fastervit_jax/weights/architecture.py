@@ -1,4 +1,4 @@
-"""The architecture that official weights belong to, from the names and shapes of the arrays alone."""
+"""The architecture that official weights belong to: from names and shapes, then the file's word, then a variant."""
 
 import dataclasses
 import math

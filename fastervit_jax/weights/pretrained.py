@@ -191,13 +191,17 @@ def _as_float32(name: str, array: StoredArray) -> StoredArray:
     return StoredArray(array.shape, np.dtype(np.float32), read, array.release)
 
 
-def infer(source: Source, changes: Mapping[str, Any]) -> tuple[architecture.Architecture, ModelConfig]:
-    """The architecture of a source, and its config with the changes; says in the log what was assumed."""
+def _architecture(source: Source) -> architecture.Architecture:
     shapes = {name: array.shape for name, array in source.arrays.items()}
     try:
-        found = architecture.infer(shapes, nearest=source.nearest, stated=source.stated)
+        return architecture.infer(shapes, nearest=source.nearest, stated=source.stated)
     except WeightsError as error:
         raise WeightsError(f"{source.where}: {error}") from error.__cause__
+
+
+def infer(source: Source, changes: Mapping[str, Any]) -> tuple[architecture.Architecture, ModelConfig]:
+    """The architecture of a source, and its config with the changes; says in the log what was assumed."""
+    found = _architecture(source)
     told = ", ".join(f"{name}={value}" for name, value in found.inferred.items())
     LOG.info("%s: inferred %s; the rest %s", source.where, told,
              "is stated in the file" if source.stated else f"as in {found.nearest}")
@@ -240,11 +244,7 @@ def differences(source: Source, config: ModelConfig, *, exact: bool) -> tuple[li
     Returns what its arrays cannot fit (classes and channels, which can be changed, with `exact` only), and what they
     fit, though it is another function: windows, carrier count, propagation.
     """
-    shapes = {name: array.shape for name, array in source.arrays.items()}
-    try:
-        found = architecture.infer(shapes, nearest=source.nearest, stated=source.stated)
-    except WeightsError as error:
-        raise WeightsError(f"{source.where}: {error}") from error.__cause__
+    found = _architecture(source)
     told = {*found.inferred, *(ONLY_FUNCTION if source.stated else ())}
     fixed = told - ONLY_FUNCTION - (set() if exact else CHANGED_BY_LOADING)
     return _differences(found.config, config, fixed), _differences(found.config, config, told & ONLY_FUNCTION)

@@ -164,15 +164,12 @@ def _stated(note: Any) -> dict[str, Any] | None:
 def _open_safetensors(path: pathlib.Path, ema: bool) -> Source:
     import safetensors
 
-    def opened() -> Any:
-        # Reads into new memory: pages of a mapped file would count as this process's.
-        return safetensors.safe_open(path, "np", backend="pread")
-
     known = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16, "I64": np.int64,
              "I32": np.int32, "I16": np.int16, "I8": np.int8, "U64": np.uint64, "U32": np.uint32, "U16": np.uint16,
              "U8": np.uint8, "BOOL": np.bool_, "C64": np.complex64}  # fmt: skip
     try:
-        file = opened()
+        # Reads into new memory: pages of a mapped file would count as this process's.
+        file = safetensors.safe_open(path, "np", backend="pread")
         arrays = {}
         for name in file.keys():  # noqa: SIM118, no dict
             part = file.get_slice(name)
@@ -183,9 +180,9 @@ def _open_safetensors(path: pathlib.Path, ema: bool) -> Source:
                                        lambda name=name: file.get_tensor(name))
         note = (file.metadata() or {}).get(NOTE)
         stated = _stated(json.loads(note)) if note is not None else None
+    except WeightsError:
+        raise
     except (safetensors.SafetensorError, ValueError, OSError, RecursionError) as error:
-        if isinstance(error, WeightsError):
-            raise
         raise WeightsError(f"no safetensors file, or a damaged one ({error}): download or save it again") from error
     source = Source(str(path), _named(arrays), stated=stated)
     if ema:

@@ -453,6 +453,7 @@ def test_convert(model, variables, whole, tmp_path):
         (("a.pth", "b.npz"), "ValueError: b.npz: expected a name that ends in"),
         (("a.pth", "b.pth", "--set", "ct=1"), "TypeError: --set got unknown keywords: ct; known are dim"),
         (("a.pth", "b.pth", "--set", "ct_size"), "expected FIELD=VALUE"),
+        (("a.pth", "b.pth", "--resolution", "0"), "ValueError: resolution=0: expected the side of square images"),
     ],
 )
 def test_convert_says_what_is_wrong(arguments, message, whole, tmp_path):
