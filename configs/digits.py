@@ -15,14 +15,8 @@ def get_config() -> ConfigDict:
     config.name = "digits"
 
     # Images of 64 pixels make stage 2 a 4×4 map: 2×2 windows of 2×2 tokens, each with one carrier token.
-    config.data = ConfigDict()
-    config.data.source = "digits"
-    config.data.image_size = 64
-    config.data.mean = (0.3,)
-    config.data.std = (0.35,)
-    config.augment = ConfigDict()
-    config.augment.zoom = 0.15
-    config.augment.shift = 0.1
+    config.data = common.data("digits", 64, mean=(0.3,), std=(0.35,))
+    config.augment = common.augment(zoom=0.15, shift=0.1)
     config.model = common.model(
         "faster_vit_0_224", in_chans=1, num_classes=10, dim=32, in_dim=16, depths=(1, 1, 2, 1),
         window_size=(2, 2, 2, 2), ct_size=1, drop_path_rate=0.1,

@@ -1,64 +1,303 @@
 """Batches from a source to the devices, through Grain.
 
-The global step is the only state: batch `step` holds the same images wherever and however often
-the run is started, on any number of processes.
+The global step is the only state: batch `step` holds the same images, cropped alike, wherever and however often the run
+is started, on any number of processes and of workers.
 """
 
 import collections
-from collections.abc import Iterable, Iterator
+import contextlib
+import ctypes
+import dataclasses
+import multiprocessing
+import os
+import pathlib
+import queue
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
 from typing import Any
 
+import cv2
 import grain
 import jax
 import numpy as np
+from absl import flags, logging
+from ml_collections import ConfigDict
+
+from fastervit_jax.data import decode
+from fastervit_jax.data.sources import ArraySource, Source
 
 IN_FLIGHT = 2
 """Batches that are on their way to the devices before they are used."""
+BATCHES_A_WORKER = 4
+"""Of a worker that wait in shared memory, at most: made, queued, fetched, copied."""
+LISTED = 20
+"""Unreadable images that the error names which ends a run."""
+
+Fed = tuple[dict[str, jax.Array], list[str]]
+"""A batch, and what to say of each of its images that could not be read."""
+
+
+class FeedError(RuntimeError):
+    """The feed cannot go on: a worker died or hangs, or too many images cannot be read."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Read:
+    """One example by its index; with weight 0 if it cannot be read, and beyond the end of the source."""
+
+    source: Source
+    transform: decode.TrainCrop | decode.EvalCrop | None
+
+    def __call__(self, index: int, rng: np.random.Generator | None = None) -> dict[str, np.ndarray]:
+        index = int(index)
+        blank = {"image": None, "label": self._blank_label(), "weight": np.float32(0), "index": np.int64(index)}
+        if index >= len(self.source):
+            return {**blank, "image": self.blank_image(), "index": np.int64(-1)}
+        try:
+            record = self.source[index]
+            blank["label"] = record["label"]
+            image = record["image"] if self.transform is None else self.transform(record["image"], rng)
+        # Readers and decoders raise what they like on damaged bytes, and Grain ends early on any error. Nothing is
+        # lost: the main process sees weight 0, says why, and ends the run if there are many.
+        except Exception:
+            return {**blank, "image": self.blank_image()}
+        return {**blank, "image": image, "weight": np.float32(1)}
+
+    def _blank_label(self) -> np.ndarray:
+        return np.zeros(self.source.num_classes, bool) if self.source.multi_label else np.int32(0)
+
+    def blank_image(self) -> np.ndarray:
+        if self.transform is None:
+            return np.zeros_like(self.source[0]["image"])
+        return np.zeros((self.transform.size, self.transform.size, self.transform.channels), np.uint8)
+
+    def reason(self, index: int) -> str:
+        """Why it cannot be read."""
+        try:
+            self.transform(self.source[index]["image"], np.random.default_rng(0))
+        except Exception as error:
+            text = f"{type(error).__name__}: {error}"
+        else:
+            text = "read at a second try"
+        return f"{self.source.record_name(index)}: {text}"
+
+
+def _start_worker(index: int, count: int) -> None:
+    """In a new worker process: decode in one thread, leave signals to the main process, and die with it."""
+    cv2.setNumThreads(1)
+    for ignored in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(ignored, signal.SIG_IGN)
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None)
+        libc.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        libc.prctl(15, f"input-{index}".encode())  # PR_SET_NAME
+    if os.getppid() != multiprocessing.parent_process().pid:
+        os._exit(1)  # it died before we asked to die with it
+
+
+def _proc(pid: int, file: str) -> str:
+    """What the system tells of a process; "" if it tells nothing."""
+    path = pathlib.Path("/proc", str(pid), file)
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        return path.read_text().strip()
+    return ""
+
+
+def _state(pid: int) -> str:
+    fields = _proc(pid, "stat").rpartition(")")[2].split()
+    return {"T": "is stopped", "D": "waits for a disk"}.get(fields[0] if fields else "", "runs")
+
+
+class HostBatches(Iterator[dict[str, np.ndarray]]):
+    """The dataset's elements in order, made by `workers` processes; 0: by threads of this one. To be closed.
+
+    A worker that died, and none that gives a batch within `timeout` seconds, raise FeedError. Workers die with this
+    process, however it ends.
+    """
+
+    def __init__(self, dataset: grain.MapDataset, workers: int, timeout: float):
+        batches = dataset.to_iter_dataset(grain.ReadOptions(num_threads=1 if workers else 2, prefetch_buffer_size=2))
+        if workers:
+            if not flags.FLAGS.is_parsed():
+                flags.FLAGS.mark_as_parsed()  # Grain hands its flags to its workers, and not every caller has absl's
+            options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=1)
+            batches = batches.mp_prefetch(options, worker_init_fn=_start_worker)
+        others = {process.pid for process in multiprocessing.active_children()}
+        self._timeout = timeout
+        self._iterator = iter(batches)
+        self._ready: queue.Queue = queue.Queue(maxsize=1)
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._pull, daemon=True, name="feed")
+        self._thread.start()
+        # Grain does not tell its processes. They are the new ones, if feeds are started one after the other.
+        self._workers: list[Any] = []
+        self._names: dict[int, str] = {}
+        deadline = time.monotonic() + timeout
+        while len(self._workers) < workers and self._thread.is_alive() and time.monotonic() < deadline:
+            time.sleep(0.01)
+            self._workers = [p for p in multiprocessing.active_children() if p.pid not in others]
+
+    def _pull(self) -> None:
+        try:
+            for batch in self._iterator:
+                # Copied out of the memory that is shared with the worker, which is then free.
+                self._ready.put(({name: np.array(x) for name, x in batch.items()}, None))
+                if self._closed.is_set():
+                    return
+            self._ready.put((None, StopIteration()))
+        except Exception as error:  # to be raised where the batch was to be used
+            self._ready.put((None, error))
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        if self._closed.is_set():
+            raise StopIteration
+        deadline = time.monotonic() + self._timeout
+        while True:
+            try:
+                batch, error = self._ready.get(timeout=0.2)
+            except queue.Empty:
+                batch, error = None, None
+            for process in self._workers:
+                if process.pid not in self._names and (name := _proc(process.pid, "comm")).startswith("input-"):
+                    self._names[process.pid] = name
+            dead = [process for process in self._workers if process.exitcode not in (None, 0)]
+            if dead:
+                self._fail(f"{self._describe(dead)}: killed, or out of memory, of which fewer config.data.workers need "
+                           "less")
+            if isinstance(error, StopIteration):
+                self.close()
+                raise error
+            if error is not None:
+                self._fail(f"the feed broke: {type(error).__name__}: {error}", error)
+            if batch is not None:
+                return batch
+            if time.monotonic() >= deadline:
+                self._fail(f"no batch for {self._timeout:g} s (config.data.timeout); {self._describe(self._workers)}. "
+                           "Look at the storage of the images, and at what stops a worker")
+
+    def _fail(self, message: str, cause: Exception | None = None) -> None:
+        for process in self._workers:
+            process.kill()  # one that is stopped would not end when it is asked to
+        self.close()
+        raise FeedError(message) from cause
+
+    def _describe(self, workers: list[Any]) -> str:
+        """'input-1 (pid 123) is stopped', for each."""
+        return "; ".join(
+            f"{self._names.get(process.pid, 'a new worker')} (pid {process.pid}) "
+            + (_state(process.pid) if process.exitcode is None else f"ended with exit code {process.exitcode}")
+            for process in workers) or "there are no workers"
+
+    def close(self) -> None:
+        """Ends the workers."""
+        self._closed.set()
+        while self._thread.is_alive():
+            with contextlib.suppress(queue.Empty):
+                self._ready.get_nowait()  # what the thread waits to hand over
+            self._thread.join(timeout=0.02)
+        self._iterator.close()
+
+
+def check_shared_memory(workers: int, batch_bytes: int, folder: pathlib.Path = pathlib.Path("/dev/shm")) -> None:
+    """Raises FeedError if the memory that workers share with this process is too small, where a system tells its size.
+
+    Without this they would be killed by a bus error.
+    """
+    if not workers or not folder.exists():
+        return
+    stat = os.statvfs(folder)
+    size, need = stat.f_blocks * stat.f_frsize, BATCHES_A_WORKER * workers * batch_bytes
+    if size < need:
+        raise FeedError(f"{folder} has {size / 2**30:.2f} GiB, but {workers} workers with batches of "
+                        f"{batch_bytes / 2**20:.0f} MiB take up to {need / 2**30:.2f} GiB of it. Make it larger (with "
+                        "docker run --shm-size), or lower config.data.workers or config.batch_size")
+
+
+class Feed(Iterator[Fed]):
+    """This process's share of the batches as its part of global arrays, with some in flight. To be closed."""
+
+    def __init__(self, dataset: grain.MapDataset, read: Read, config: ConfigDict, steps: slice,
+                 sharding: jax.sharding.NamedSharding):
+        batch_size, workers = config.batch_size, config.data.workers
+        processes, process = jax.process_count(), jax.process_index()
+        if batch_size % sharding.mesh.size:
+            raise ValueError(f"batch size {batch_size} does not divide over {sharding.mesh.size} devices; expected a "
+                             f"multiple of {sharding.mesh.size}")
+        check_shared_memory(workers, read.blank_image().nbytes * batch_size // processes)
+        # Shuffle and repeat come before batching, batching before each process takes its share: any other
+        # order makes the content of a batch depend on the number of processes.
+        dataset = dataset.batch(batch_size // processes, drop_remainder=True)
+        last = None if steps.stop is None else steps.stop * processes
+        self._batches = HostBatches(dataset[steps.start * processes + process : last : processes], workers,
+                                    config.data.timeout)
+        self._read, self._sharding = read, sharding
+        self._max_bad_fraction, self._share = config.data.max_bad_fraction, len(read.source) / processes
+        self._seen, self._bad = 0, 0
+        self._reasons: list[str] = []
+        self._in_flight: collections.deque[Fed] = collections.deque()
+
+    def __next__(self) -> Fed:
+        while len(self._in_flight) <= IN_FLIGHT:
+            try:
+                batch = next(self._batches)
+            except StopIteration:
+                break
+            reasons = self._check(batch["weight"], batch.pop("index"))
+            arrays = {name: jax.make_array_from_process_local_data(self._sharding, x) for name, x in batch.items()}
+            self._in_flight.append((arrays, reasons))
+        if not self._in_flight:
+            raise StopIteration
+        return self._in_flight.popleft()
+
+    def _check(self, weights: np.ndarray, indices: np.ndarray) -> list[str]:
+        """Says which images could not be read; raises FeedError if they are too many."""
+        reasons = [self._read.reason(int(index)) for index in indices[(weights == 0) & (indices >= 0)]]
+        for reason in reasons:
+            logging.warning("cannot read %s; it counts for nothing", reason)
+        self._seen, self._bad = self._seen + len(indices), self._bad + len(reasons)
+        self._reasons = (self._reasons + reasons)[:LISTED]
+        if self._bad > self._max_bad_fraction * max(self._seen, self._share):
+            more = ["..."] if self._bad > len(self._reasons) else []
+            self.close()
+            raise FeedError("\n  ".join([
+                f"{self._bad} of {self._seen} images of {self._read.source.name} could not be read, more than "
+                f"config.data.max_bad_fraction={self._max_bad_fraction:g} allows:", *self._reasons, *more,
+            ]) + "\nMend them, remove them, or allow for more.")
+        return reasons
+
+    def close(self) -> None:
+        """Ends the workers."""
+        self._batches.close()
+
+
+def train_read(source: Source, config: ConfigDict) -> Read:
+    """How training reads an example of the source."""
+    return Read(source, None if isinstance(source, ArraySource) else decode.train_crop(config))
 
 
 def train_batches(
-    source: Any, *, batch_size: int, seed: int, first_step: int, sharding: jax.sharding.NamedSharding
-) -> Iterator[dict[str, jax.Array]]:
-    """Endless batches {"image": uint8 (b, h, w, c), "label": int32 (b,)} from step `first_step` on.
+    source: Source, config: ConfigDict, *, first_step: int, last_step: int, sharding: jax.sharding.NamedSharding
+) -> Feed:
+    """The batches of the steps after `first_step` up to `last_step`, each with what to say of its unreadable images.
 
-    Every epoch is a shuffle of its own; batches run on over the ends of epochs, so no image is left out.
+    A batch is {"image": uint8 (b, h, w, c), "label": int32 (b,), "weight": float32 (b,)}. Weight is 1, or 0 for an
+    image that could not be read; its pixels are 0. Every epoch is a shuffle of its own, from config.seed; batches run
+    on over the ends of epochs, so no image is left out. config.data.workers processes decode, or threads if 0.
+
+    Raises ValueError for a batch size that does not divide over the devices; FeedError if a worker dies, if no batch
+    comes for config.data.timeout seconds, or if more than config.data.max_bad_fraction of the images (of at least one
+    epoch's) cannot be read.
     """
-    dataset = grain.MapDataset.source(source).seed(seed).shuffle().repeat(None)
-    return _to_devices(dataset, batch_size, first_step, sharding)
+    read = train_read(source, config)
+    dataset = grain.MapDataset.range(len(source)).seed(config.seed).shuffle().repeat(None).random_map(read)
+    return Feed(dataset, read, config, slice(first_step, last_step), sharding)
 
 
-def eval_batches(
-    source: Any, *, batch_size: int, sharding: jax.sharding.NamedSharding
-) -> Iterator[dict[str, jax.Array]]:
-    """Every image once, in order; adds "weight", float32 (b,): 1, and 0 for what fills the last batch up."""
-    count = len(source)
-
-    def record(index: int) -> dict[str, np.ndarray]:
-        weight = np.float32(index < count)
-        return {**source[min(index, count - 1)], "weight": weight}
-
-    padded = -(-count // batch_size) * batch_size
-    return _to_devices(grain.MapDataset.range(padded).map(record), batch_size, 0, sharding)
-
-
-def _to_devices(
-    dataset: grain.MapDataset, batch_size: int, first_step: int, sharding: jax.sharding.NamedSharding
-) -> Iterator[dict[str, jax.Array]]:
-    processes, process = jax.process_count(), jax.process_index()
-    if batch_size % sharding.mesh.size:
-        raise ValueError(f"batch size {batch_size} does not divide over {sharding.mesh.size} devices; expected a "
-                         f"multiple of {sharding.mesh.size}")
-    # Shuffle and repeat come before batching, batching before each process takes its share: any other
-    # order makes the content of a batch depend on the number of processes.
-    dataset = dataset.batch(batch_size // processes, drop_remainder=True)[first_step * processes + process :: processes]
-    return _ahead(dataset.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)), sharding)
-
-
-def _ahead(batches: Iterable[dict[str, np.ndarray]], sharding: jax.sharding.NamedSharding) -> Iterator[Any]:
-    """Each process's share of the batches as global arrays, with some in flight."""
-    queue = collections.deque()
-    for batch in batches:
-        queue.append(jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch))
-        if len(queue) > IN_FLIGHT:
-            yield queue.popleft()
-    yield from queue
+def eval_batches(source: Source, config: ConfigDict, *, sharding: jax.sharding.NamedSharding) -> Feed:
+    """Every image once, in order, as `train_batches` gives them; what fills the last batch up has weight 0 too."""
+    read = Read(source, None if isinstance(source, ArraySource) else decode.eval_crop(config))
+    padded = -(-len(source) // config.batch_size) * config.batch_size
+    return Feed(grain.MapDataset.range(padded).map(read), read, config, slice(0, None), sharding)

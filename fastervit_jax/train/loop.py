@@ -6,6 +6,7 @@ import sys
 from typing import Any
 
 import jax
+from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
@@ -22,10 +23,16 @@ from fastervit_jax.train.step import make_train_step
 def check(config: ConfigDict) -> None:
     """Raises ValueError for settings that cannot be, or that would have no effect."""
     at_least = {"seed": 0, "warmup_epochs": 0, "batch_size": 1, "epochs": 1, "log_every_steps": 1,
-                "eval_every_epochs": 1, "checkpoint_every_epochs": 1, "keep_checkpoints": 1}
+                "eval_every_epochs": 1, "checkpoint_every_epochs": 1, "keep_checkpoints": 1, "data.workers": 0,
+                "data.timeout": 1, "augment.mix_group": 1}
+    flat = flatten_dict(config.to_dict(), sep=".")
     for name, least in at_least.items():
-        if config[name] < least:
-            raise ValueError(f"config.{name}={config[name]}: expected at least {least}")
+        if flat[name] < least:
+            raise ValueError(f"config.{name}={flat[name]}: expected at least {least}")
+    for name in ("data.max_bad_fraction", "augment.flip", "augment.rand_augment_prob", "augment.erase_prob",
+                 "augment.mix_prob", "augment.cutmix_switch"):
+        if not 0 <= flat[name] <= 1:
+            raise ValueError(f"config.{name}={flat[name]}: expected 0 to 1")
     if config.init_from_ema and not config.init_from:
         raise ValueError("config.init_from_ema=True without config.init_from: expected a file of weights to start from")
     model, size = ModelConfig(**config.model), config.data.image_size
@@ -45,9 +52,8 @@ def train(config: ConfigDict, workdir: pathlib.Path, devices: list[jax.Device] |
     """
     check(config)
     mesh = sharding.make_mesh(devices)
-    over_batch = sharding.over_batch(mesh)
-    train_source = sources.make_source(config, "train")
-    eval_source = sources.make_source(config, "validation")
+    train_source = sources.make_source(config, config.data.train_split)
+    eval_source = sources.make_source(config, config.data.eval_split)
     steps_per_epoch = len(train_source) // config.batch_size
     if steps_per_epoch == 0:
         raise ValueError(f"config.batch_size={config.batch_size}: larger than the {len(train_source)} training images")
@@ -66,8 +72,8 @@ def train(config: ConfigDict, workdir: pathlib.Path, devices: list[jax.Device] |
     with contextlib.ExitStack() as stack:
         manager = stack.enter_context(checkpoint.make_manager(workdir, every=save_every, keep=config.keep_checkpoints))
         first_step = manager.latest_step() or 0
-        batches = loader.train_batches(
-            train_source, batch_size=config.batch_size, seed=config.seed, first_step=first_step, sharding=over_batch)
+        batches = stack.enter_context(contextlib.closing(loader.train_batches(
+            train_source, config, first_step=first_step, last_step=total_steps, sharding=sharding.over_batch(mesh))))
         if first_step == 0 and config.init_from:
             variables, report = load_weights(config.init_from, config.init_from_ema, config, mesh)
             state = state.replace(**variables)
@@ -86,15 +92,16 @@ def train(config: ConfigDict, workdir: pathlib.Path, devices: list[jax.Device] |
             disable=jax.process_index() != 0))
 
         def evaluated(step: int) -> dict[str, Any]:
-            eval_batches = loader.eval_batches(eval_source, batch_size=config.batch_size, sharding=over_batch)
-            result = evaluate.evaluate(eval_step, state.variables, eval_batches)
+            result = evaluate.evaluate(eval_step, state.variables, eval_source, config, mesh)
             say(f"step {step:6,} epoch {step // steps_per_epoch:3}{evaluate.report(result)} loss {result['loss']:.4f}")
             return result
 
         result = evaluated(first_step) if first_step == total_steps else None
-        waiting = []
+        waiting, bad_records = [], []
         for step in range(first_step + 1, total_steps + 1):
-            state, metrics = train_step(state, next(batches))
+            batch, unreadable = next(batches)
+            state, metrics = train_step(state, batch)
+            bad_records += unreadable
             waiting.append(metrics)
             if step == first_step + 1:
                 jax.block_until_ready(metrics)
@@ -103,10 +110,14 @@ def train(config: ConfigDict, workdir: pathlib.Path, devices: list[jax.Device] |
             if step % log_every == 0 or step % save_every == 0 or last:
                 fetched = jax.device_get(waiting)
                 waiting = []
-                means = {name: float(sum(m[name] for m in fetched) / len(fetched)) for name in fetched[0]}
-                bar.set_postfix(loss=f"{means['loss']:.4f}", accuracy=f"{100 * means['accuracy']:.2f}%", refresh=False)
+                figures = {name: float(sum(m[name] for m in fetched) / len(fetched)) for name in fetched[0]}
+                figures["bad_images"] *= len(fetched)  # in all of them; the others are means
+                figures |= {"bad_records": bad_records} if bad_records else {}
+                bar.set_postfix(loss=f"{figures['loss']:.4f}", accuracy=f"{100 * figures['accuracy']:.2f}%",
+                                refresh=False)
                 bar.update(len(fetched) * config.batch_size)
-                writer.write(step, "train", means)
+                writer.write(step, "train", figures)
+                bad_records = []
             if step % eval_every == 0 or last:
                 result = evaluated(step)
                 writer.write(step, "eval", result)

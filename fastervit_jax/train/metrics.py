@@ -12,7 +12,8 @@ from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
 # What may differ between the starts of one run: it changes neither the model nor the numbers.
-FREE = ("log_every_steps", "checkpoint_every_epochs", "keep_checkpoints")
+FREE = ("log_every_steps", "checkpoint_every_epochs", "keep_checkpoints", "data.dir", "data.workers", "data.timeout",
+        "data.max_bad_fraction")
 
 
 def _replace(path: pathlib.Path, text: str) -> None:
@@ -78,14 +79,16 @@ class MetricWriter(contextlib.AbstractContextManager):
             raise ValueError(f"{path} has a line that is no line of figures: {line!r}; mend it or move the file "
                              "away") from error
 
-    def write(self, step: int, prefix: str, figures: dict[str, float]) -> None:
+    def write(self, step: int, prefix: str, figures: dict[str, float | list[str]]) -> None:
+        """One line. Lists of texts are for metrics.jsonl only."""
         if not self.enabled:
             return
         named = {f"{prefix}/{name}": value for name, value in figures.items()}
         self.file.write(json.dumps({"step": step, **named}) + "\n")
         self.file.flush()
         for name, value in named.items():
-            self.board.add_scalar(name, value, step)
+            if not isinstance(value, list):
+                self.board.add_scalar(name, value, step)
 
     def __exit__(self, *exception: Any) -> None:
         if self.enabled:

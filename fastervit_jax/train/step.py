@@ -28,31 +28,35 @@ def make_train_step(
     """A jitted (state, batch) → (state, metrics); the given state's memory is reused.
 
     The batch is split over the mesh; its loss, gradients and batch statistics are those of the whole
-    batch, whatever the number of devices. Metrics are scalars on the devices.
+    batch, whatever the number of devices. Images of weight 0 do not count, nor do those that are mixed with one.
+    Metrics are scalars on the devices; accuracy is that on the augmented images, for their own label.
     """
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
-        augment_key, dropout_key = jax.random.split(key)
-        images = augment.random_zoom_shift(augment_key, batch["image"], config.augment.zoom, config.augment.shift)
-        images = augment.normalise(images, config.data.mean, config.data.std)
+        augment_key, mix_key, dropout_key = jax.random.split(key, 3)
+        images = augment.augment(augment_key, batch["image"], config.augment, config.data.mean, config.data.std, mesh)
         targets = losses.smooth_one_hot(batch["label"], model.config.num_classes, config.label_smoothing)
+        images, targets, weights = augment.mix(mix_key, images, targets, batch["weight"], config.augment)
+        counted = jnp.maximum(weights.sum(), 1)  # all but a few images that could not be read
 
         def loss_fn(params):
             logits, updated = model.apply(
                 {"params": params, "batch_stats": state.batch_stats}, images, train=True,
                 rngs={"dropout": dropout_key}, mutable=["batch_stats"],
             )
-            return losses.cross_entropy(logits, targets).mean(), (logits, updated["batch_stats"])
+            loss = (weights * losses.cross_entropy(logits, targets)).sum() / counted
+            return loss, (logits, updated["batch_stats"])
 
         (loss, (logits, batch_stats)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         metrics = {
             "loss": loss,
-            "accuracy": losses.in_top(logits, batch["label"], 1).mean(),
+            "accuracy": (weights * losses.in_top(logits, batch["label"], 1)).sum() / counted,
             "learning_rate": schedule(state.step),
             "gradient_norm": optax.tree.norm(grads),
+            "bad_images": (1 - batch["weight"]).sum(),
         }
         return TrainState(state.step + jnp.int32(1), params, batch_stats, opt_state), metrics
 
