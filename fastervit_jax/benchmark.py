@@ -110,7 +110,9 @@ def benchmark_data(source: Any, config: ConfigDict, workers: list[int], seconds:
     for _ in range(repeat):
         for name, make in ways.items():
             with contextlib.closing(make()) as batches:
-                for _ in range(4 * max(workers)):  # workers start, buffers fill
+                next(batches)
+                start = time.perf_counter()
+                while time.perf_counter() < start + seconds / 2:  # all workers start, what they decoded ahead is used
                     next(batches)
                 start, done = time.perf_counter(), 0
                 while time.perf_counter() < start + seconds:
@@ -163,7 +165,7 @@ def benchmark_input(source: Any, config: ConfigDict, steps: int) -> None:
             augmentation = (time.perf_counter() - start) / steps
 
             waited, before = 0.0, None
-            for i in range(2 * steps):  # the first half empties what was decoded meanwhile
+            for i in range(2 * steps):  # the first half uses up what was decoded meanwhile
                 if i == steps:
                     jax.block_until_ready(metrics)
                     start, waited = time.perf_counter(), 0.0
@@ -192,7 +194,8 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=512, help="JPEGs to make")
     parser.add_argument("--seconds", type=float, default=5.0, help="of each measurement of data")
     parser.add_argument("--repeat", type=int, default=3, help="rounds of data")
-    parser.add_argument("--steps", type=int, default=30, help="of each measurement of input")
+    parser.add_argument("--steps", type=int, default=180, help="of each measurement of input; the more workers, the "
+                        "more batches are decoded ahead, which must be few beside these")
     args = parser.parse_args()
     is_data = args.what == "data"
     workers = args.workers or ([1, 2] if is_data else [16])

@@ -54,6 +54,9 @@ def train(config: ConfigDict, workdir: pathlib.Path, devices: list[jax.Device] |
     mesh = sharding.make_mesh(devices)
     train_source = sources.make_source(config, config.data.train_split)
     eval_source = sources.make_source(config, config.data.eval_split)
+    if train_source.multi_label:
+        raise ValueError(f"{train_source.name} has several labels an image, which are for evaluation; expected "
+                         "config.data.source with one")
     steps_per_epoch = len(train_source) // config.batch_size
     if steps_per_epoch == 0:
         raise ValueError(f"config.batch_size={config.batch_size}: larger than the {len(train_source)} training images")

@@ -5,7 +5,8 @@ import pathlib
 
 from ml_collections import ConfigDict
 
-from configs import digits
+from configs import digits, imagenet
+from tests.data import mini
 
 CHANGES = {
     "batch_size": 64, "epochs": 2, "learning_rate": 5e-4, "warmup_epochs": 1, "log_every_steps": 4,
@@ -17,6 +18,21 @@ FLAGS = [f"--config.{key}={value}" for key, value in CHANGES.items()]
 def config(**changes) -> ConfigDict:
     config = digits.get_config()
     config.update_from_flattened_dict({**CHANGES, **changes})
+    return config
+
+
+IMAGENET_CHANGES = {
+    "data.dir": str(mini.GOLDEN), "data.image_size": 64, "data.workers": 0, "batch_size": 8, "epochs": 2,
+    "warmup_epochs": 1, "log_every_steps": 1, "augment.mix_group": 4, "model.dim": 8, "model.in_dim": 8,
+    "model.depths": (1, 1, 1, 1), "model.window_size": (2, 2, 2, 2), "model.ct_size": 1, "model.dtype": "float32",
+}  # fmt: skip
+IMAGENET_FLAGS = [f"--config.{key}={value}" for key, value in IMAGENET_CHANGES.items()]
+
+
+def imagenet_config(**changes) -> ConfigDict:
+    """The recipe of ImageNet, on the miniature in tests/golden."""
+    config = imagenet.get_config()
+    config.update_from_flattened_dict({**IMAGENET_CHANGES, **changes})
     return config
 
 

@@ -120,7 +120,13 @@ def test_one_compilation_and_no_implicit_transfer(tmp_path, monkeypatch, capfd):
         ({"batch_size": 2048}, r"config.batch_size=2048: larger than the 1442 training images"),
         ({"batch_size": 12}, r"batch size 12 does not divide over 8 devices"),
         ({"eval_every_epochs": 0}, r"config.eval_every_epochs=0: expected at least 1"),
-        ({"data.source": "mnist"}, r"unknown data source 'mnist'"),
+        ({"data.source": "mnist", "data.dir": str(ROOT)}, r"mnist is not in .*prepare mnist"),
+        ({"data.train_split": "test"}, r"split 'test' of digits"),
+        ({"data.workers": -1}, r"config.data.workers=-1: expected at least 0"),
+        ({"augment.flip": 1.5}, r"config.augment.flip=1.5: expected 0 to 1"),
+        ({"augment.rand_augment_ops": 2}, r"images have 1 channels, but RandAugment and colour jitter need 3"),
+        ({"augment.mixup": 0.8, "augment.mix_group": 7}, r"a batch of 64 images does not divide into groups of"),
+        ({"augment.erase_prob": 0.5, "augment.erase_mode": "white"}, r"erase_mode is 'white'"),
         ({"model.ct_size": 3}, r"ct_size=3: .*expected ct_size ≤ 2"),
         ({"model.window_size": (4, 4, 4, 2)}, r"images of 64 pixels stage 2 has a single window of 4 tokens a side"),
         ({"seed": -1}, r"config.seed=-1: expected at least 0"),
@@ -170,7 +176,7 @@ def test_commands_survive_kill_9(whole, tmp_path):
         process = command(script, workdir, "--config.model.mlp_ratio=3.0")
         assert "model.mlp_ratio: there 4.0, given 3.0" in process.communicate()[1]
         assert process.returncode != 0
-    assert result == {"name": "digits", "split": "validation", "step": 44, **whole[1]}
+    assert result == {"name": "digits", "dataset": "digits", "split": "validation", "step": 44, **whole[1]}
 
 
 def test_start_from_weights(whole, tmp_path):
@@ -184,7 +190,8 @@ def test_start_from_weights(whole, tmp_path):
     _, kept = fv.from_pretrained(tmp_path / "run")
     jax.tree.map(np.testing.assert_array_equal, kept["params"], variables["params"])
     evaluated = output(command("eval.py", tmp_path / "none", f"--checkpoint={file}")).splitlines()
-    assert json.loads(evaluated[-1]) == {"name": "digits", "split": "validation", "checkpoint": str(file), **whole[1]}
+    assert json.loads(evaluated[-1]) == {
+        "name": "digits", "dataset": "digits", "split": "validation", "checkpoint": str(file), **whole[1]}
     process = command("eval.py", tmp_path / "none", f"--checkpoint={file}", "--config.model.window_size=(4,4,4,4)",
                       "--config.model.do_propagation=True", "--config.model.num_classes=11")
     message = ("is not for config.model: num_classes 10 in the file, 11 expected; do_propagation False in the file, "

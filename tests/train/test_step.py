@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
-from configs import common, digits
+from configs import common, digits, imagenet
 from fastervit_jax.data import sources
 from fastervit_jax.model.fastervit import FasterViT
 from fastervit_jax.model.variants import VARIANTS, ModelConfig
@@ -28,7 +28,8 @@ def program(config) -> str:
     state = jax.eval_shape(lambda: create_state(model, optimizer, config, MESH))
     size = config.data.image_size
     batch = {"image": jax.ShapeDtypeStruct((config.batch_size, size, size, config.model.in_chans), "uint8"),
-             "label": jax.ShapeDtypeStruct((config.batch_size,), "int32")}
+             "label": jax.ShapeDtypeStruct((config.batch_size,), "int32"),
+             "weight": jax.ShapeDtypeStruct((config.batch_size,), "float32")}
     text = make_train_step(model, optimizer, schedule, config, MESH).lower(state, batch).as_text()
     return f"{jax.tree.map(lambda x: x.shape, state)} {text}"
 
@@ -37,6 +38,7 @@ KNOBS = {
     "seed": 1, "batch_size": 16, "epochs": 3, "learning_rate": 3e-3, "warmup_learning_rate": 1e-5,
     "final_learning_rate": 1e-4, "warmup_epochs": 2, "weight_decay": 0.1, "clip_norm": 1.0, "label_smoothing": 0.2,
     "data.image_size": 96, "data.mean": (0.4,), "data.std": (0.4,), "augment.zoom": 0.2, "augment.shift": 0.2,
+    "augment.flip": 0.5, "augment.erase_prob": 0.1, "augment.mixup": 0.1, "augment.cutmix": 0.1,
     "model.dim": 16, "model.in_dim": 16, "model.depths": (1, 1, 2, 1), "model.num_heads": (2, 4, 4, 16),
     "model.window_size": (2, 2, 4, 2), "model.ct_size": 2, "model.mlp_ratio": 2.0,
     "model.hat": (False, False, False, False), "model.do_propagation": True, "model.layer_scale": 1e-5,
@@ -44,9 +46,20 @@ KNOBS = {
     "model.num_classes": 11, "model.drop_path_rate": 0.3, "model.drop_rate": 0.1, "model.attn_drop_rate": 0.1,
     "model.dtype": "bfloat16",
 }  # fmt: skip
-# These say what the loop does, not what the step computes; tests/train/test_loop.py and the names show them.
-ELSEWHERE = {"name", "data.source", "log_every_steps", "eval_every_epochs", "checkpoint_every_epochs",
-             "keep_checkpoints", "init_from", "init_from_ema"}  # fmt: skip
+# These change what ImageNet's recipe does; digits' has what they belong to switched off.
+IMAGENET_KNOBS = {
+    "augment.color_jitter": 0.4, "augment.rand_augment_ops": 1, "augment.rand_augment_prob": 0.6,
+    "augment.rand_augment_magnitude": 8.0, "augment.rand_augment_std": 0.4, "augment.erase_mode": "const",
+    "augment.erase_area": (0.1, 0.2), "augment.erase_aspect": (0.5, 2.0), "augment.mix_prob": 0.5,
+    "augment.cutmix_switch": 0.3, "augment.mix_group": 2,
+}  # fmt: skip
+# These say what the loop and the feed do, not what the step computes; test_loop.py, tests/data and the names show them.
+ELSEWHERE = {
+    "name", "data.source", "data.dir", "data.train_split", "data.eval_split", "data.workers", "data.timeout",
+    "data.max_bad_fraction", "log_every_steps", "eval_every_epochs", "checkpoint_every_epochs", "keep_checkpoints",
+    "init_from", "init_from_ema",
+}  # fmt: skip
+IMAGENET_ELSEWHERE = {"data.crop_scale", "data.crop_ratio", "data.interpolation", "data.eval_crop", "data.eval_mode"}
 
 
 @pytest.fixture(scope="module")
@@ -54,8 +67,15 @@ def plain():
     return program(runs.config())
 
 
+@pytest.fixture(scope="module")
+def plain_imagenet():
+    return program(runs.imagenet_config())
+
+
 def test_every_knob_is_listed():
-    assert set(flatten_dict(runs.config().to_dict(), sep=".")) == set(KNOBS) | ELSEWHERE
+    knobs = set(KNOBS) | set(IMAGENET_KNOBS) | ELSEWHERE
+    assert set(flatten_dict(runs.config().to_dict(), sep=".")) == knobs
+    assert set(flatten_dict(runs.imagenet_config().to_dict(), sep=".")) == knobs | IMAGENET_ELSEWHERE
 
 
 @pytest.mark.parametrize("knob", KNOBS)
@@ -64,6 +84,11 @@ def test_knob_changes_the_program(knob, plain):
     if knob == "model.in_chans":
         config.data.mean = config.data.std = (0.5, 0.5, 0.5)
     assert program(config) != plain
+
+
+@pytest.mark.parametrize("knob", IMAGENET_KNOBS)
+def test_knob_changes_the_program_for_imagenet(knob, plain_imagenet):
+    assert program(runs.imagenet_config(**{knob: IMAGENET_KNOBS[knob]})) != plain_imagenet
 
 
 def test_the_same_config_gives_the_same_program(plain):
@@ -77,6 +102,16 @@ def test_configs_are_locked_and_complete():
     with pytest.raises(TypeError):
         config.model.ct_size = "two"
     assert set(config.model) == {field.name for field in dataclasses.fields(ModelConfig)}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_imagenet_config_of_each_variant(name):
+    config, variant = imagenet.get_config(name), VARIANTS[name]
+    assert ModelConfig(**config.model) == dataclasses.replace(variant.config, dtype="bfloat16")
+    assert (config.data.image_size, config.data.eval_crop, config.data.eval_mode) == (
+        variant.resolution, variant.crop_pct, variant.crop_mode)
+    assert config.warmup_epochs == (35 if name == "faster_vit_3_224" else 20)
+    assert config.weight_decay == {"3": 0.075, "4": 0.12, "5": 0.12, "6": 0.15}.get(name[11:12], 0.05)
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -99,7 +134,7 @@ def test_every_step_has_its_own_randomness(key):
     optimizer, schedule = make_optimizer(config, steps_per_epoch=10)
     train_step = make_train_step(model, optimizer, schedule, config, MESH)
     image = sources.digits("train", 64)[0]
-    batch = {name: jnp.asarray(np.stack([x] * 64)) for name, x in image.items()}
+    batch = {name: jnp.asarray(np.stack([x] * 64)) for name, x in image.items()} | {"weight": jnp.ones(64)}
     losses = []
     for step in (0, 1, 1):
         state = create_state(model, optimizer, config, MESH)
@@ -108,21 +143,81 @@ def test_every_step_has_its_own_randomness(key):
     assert abs(losses[0] / losses[1] - 1) > 1e-5
 
 
+def test_images_of_no_weight_do_not_count(key):
+    """Neither their labels nor, with mixing, their pixels in others' loss: the gradient is that of the others alone."""
+    config = runs.config(**{"model.drop_path_rate": 0.0, "augment.zoom": 0.0, "augment.shift": 0.0, "clip_norm": 1e9})
+    model = FasterViT(ModelConfig(**config.model))
+    optimizer, schedule = make_optimizer(config, steps_per_epoch=10)
+    train_step = make_train_step(model, optimizer, schedule, config, MESH)
+    images = np.asarray(jax.random.randint(key, (64, 64, 64, 1), 0, 256)).astype(np.uint8)
+    batch = {"image": images, "label": np.arange(64, dtype=np.int32) % 10, "weight": np.ones(64, np.float32)}
+    batch["weight"][[3, 7]] = 0
+
+    def metrics(**changes):
+        state = create_state(model, optimizer, config, MESH)
+        return jax.device_get(train_step(state, jax.device_put({**batch, **changes}))[1])
+
+    first = metrics()
+    other_labels = batch["label"].copy()
+    other_labels[[3, 7]] = 9
+    second = metrics(label=other_labels)
+    assert first == second
+    assert first["bad_images"] == 2
+    third = metrics(weight=np.ones(64, np.float32))
+    assert third["bad_images"] == 0
+    assert abs(third["loss"] / first["loss"] - 1) > 1e-6
+
+
+@pytest.fixture
+def evaluated(monkeypatch):
+    """What the eval step makes of given logits."""
+    monkeypatch.setattr(FasterViT, "apply", lambda model, variables, images: variables["logits"])
+    return evaluate_logits
+
+
+def evaluate_logits(logits, labels, weights, classes):
+    model = FasterViT(ModelConfig(dim=8, in_dim=8, depths=(1, 1, 1, 1), num_classes=logits.shape[1]))
+    eval_step = evaluate.make_eval_step(model, runs.config(), MESH)
+    batch = {"image": jnp.zeros((len(logits), 1, 1, 1), jnp.uint8), "label": jnp.asarray(labels),
+             "weight": jnp.asarray(weights, jnp.float32)}
+    return jax.device_get(eval_step({"logits": jnp.asarray(logits, jnp.float32)}, batch, jnp.asarray(classes)))
+
+
+def test_only_the_datasets_classes_are_predicted(evaluated):
+    logits = np.array([[5.0, 1, 2, 0], [0, 1, 2, 9]])
+    masked = evaluated(logits, np.array([2, 1], np.int32), [1, 1], [False, True, True, False])
+    assert (masked["top1"], masked["images"]) == (1, 2)
+    np.testing.assert_allclose(masked["loss"], np.log1p(np.exp(-1)) + np.log1p(np.exp(1)), rtol=1e-5)
+    everything = evaluated(logits, np.array([2, 1], np.int32), [1, 1], [True] * 4)
+    assert everything["top1"] == 0
+
+
+def test_any_of_several_labels_is_right(evaluated):
+    """The second image's best class is one of its labels, the third has none, the fourth does not count."""
+    logits = np.array([[6.0, 5, 4, 3, 2, 1, 0], [6, 5, 4, 3, 2, 1, 0], [6, 5, 4, 3, 2, 1, 0], [6, 5, 4, 3, 2, 1, 0]])
+    labels = np.zeros((4, 7), bool)
+    labels[0, [3, 6]] = labels[1, [0, 6]] = labels[3, 0] = True
+    result = evaluated(logits, labels, [1, 1, 1, 0], [True] * 7)
+    assert (result["top1"], result["top5"], result["images"]) == (1, 2, 2)
+    log_partition = np.log(np.exp(logits[0]).sum())
+    np.testing.assert_allclose(result["loss"], 2 * log_partition - (3 + 0) / 2 - (6 + 0) / 2, rtol=1e-5)
+    labels[0] = False
+    labels[0, [5, 6]] = True
+    assert evaluated(logits, labels, [1, 1, 1, 0], [True] * 7)["top5"] == 1
+
+
 def test_evaluation_leaves_the_padding_out(key):
-    config = runs.config()
+    config = runs.config(batch_size=2)
     model = FasterViT(ModelConfig(**config.model))
     optimizer, _ = make_optimizer(config, steps_per_epoch=10)
     variables = create_state(model, optimizer, config, MESH).variables
     eval_step = evaluate.make_eval_step(model, config, MESH)
-    images = np.asarray(jax.random.randint(key, (4, 64, 64, 1), 0, 256)).astype(np.uint8)
-    labels = np.arange(4, dtype=np.int32)
+    images = np.asarray(jax.random.randint(key, (3, 64, 64, 1), 0, 256)).astype(np.uint8)
+    labels = np.arange(3, dtype=np.int32)
     logits = np.asarray(jax.jit(model.apply)(variables, (images.astype(np.float32) / 255 - 0.3) / 0.35), np.float64)
-    losses = np.log(np.exp(logits).sum(1)) - logits[np.arange(4), labels]
+    losses = np.log(np.exp(logits).sum(1)) - logits[np.arange(3), labels]
 
-    weights = np.float32([1, 1, 1, 0])
-    batches = [{"image": jnp.asarray(images[i]), "label": jnp.asarray(labels[i]), "weight": jnp.asarray(weights[i])}
-               for i in (slice(0, 2), slice(2, 4))]
-    result = evaluate.evaluate(eval_step, variables, batches)
+    result = evaluate.evaluate(eval_step, variables, sources.ArraySource(images, labels, 10), config, MESH)
     assert result["images"] == 3
-    np.testing.assert_allclose(result["loss"], losses[:3].mean(), rtol=1e-5)
-    np.testing.assert_allclose(result["acc1"], 100 * (logits.argmax(1) == labels)[:3].mean(), rtol=1e-6)
+    np.testing.assert_allclose(result["loss"], losses.mean(), rtol=1e-5)
+    np.testing.assert_allclose(result["acc1"], 100 * (logits.argmax(1) == labels).mean(), rtol=1e-6)
