@@ -1,0 +1,36 @@
+"""The benchmarks run and tell what they say they tell; how fast is for people to read."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+def figures(*arguments):
+    environment = {**os.environ, "XLA_FLAGS": ""}  # one device
+    process = subprocess.run([sys.executable, "-m", "fastervit_jax.benchmark", *arguments], cwd=ROOT, env=environment,
+                             text=True, capture_output=True)
+    assert process.returncode == 0, process.stderr
+    return [json.loads(line) for line in process.stdout.splitlines()]
+
+
+def test_data():
+    lines = figures("data", "--images=12", "--batch=4", "--seconds=0.2", "--repeat=2", "--workers", "1")
+    assert [line["way"] for line in lines][:2] == ["plain loop", "feed, 1 workers"]
+    for line in lines:
+        assert 0 < line["lowest"] <= line["images_per_second"] <= line["highest"]
+        assert 70 < line["mean_kilobytes"] < 110
+
+
+def test_input():
+    lines = figures("input", "--variant=testing", "--batch=8", "--images=12", "--steps=2", "--workers", "1")
+    assert lines[1]["compile_seconds"] > 0
+    rounds = lines[2:]
+    assert [line["round"] for line in rounds] == [0, 1, 2]
+    for line in rounds:
+        assert line["batch"] == 8
+        assert 0 <= line["waiting"] < 1
+        assert line["augmentation_share"] == round(line["augmentation_share"], 4) > 0
