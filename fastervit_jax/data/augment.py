@@ -19,6 +19,45 @@ ERASE_ATTEMPTS = 10  # boxes that are drawn until one fits in the image
 ERASE_PIXELS = 2**20  # images with so many pixels together are erased at a time
 
 
+def check(config: ConfigDict, channels: int) -> None:
+    """Raises ValueError for knobs of `augment` that cannot be, or cannot be with images of so many channels."""
+    for name in ("flip", "rand_augment_prob", "erase_prob"):
+        if not 0 <= config[name] <= 1:
+            raise ValueError(f"config.augment.{name}={config[name]}: expected a probability, 0 to 1")
+    for name, highest in (("zoom", 0.9), ("shift", 1), ("color_jitter", 1), ("rand_augment_ops", 20),
+                          ("rand_augment_magnitude", 10), ("rand_augment_std", 10)):
+        if not 0 <= config[name] <= highest:
+            raise ValueError(f"config.augment.{name}={config[name]}: expected 0 to {highest}")
+    if channels != 3 and (config.color_jitter > 0 or config.rand_augment_ops > 0):
+        raise ValueError(
+            f"images have {channels} channels, but RandAugment and colour jitter need 3: set "
+            f"config.augment.rand_augment_ops (now {config.rand_augment_ops}) and config.augment.color_jitter (now "
+            f"{config.color_jitter}) to 0")
+    if config.erase_mode not in ("pixel", "const"):
+        raise ValueError(f"config.augment.erase_mode={config.erase_mode!r}: expected 'pixel' or 'const'")
+    for name, highest in (("erase_area", 1), ("erase_aspect", 100)):
+        low, high = config[name]
+        if not 0 < low <= high <= highest:
+            raise ValueError(f"config.augment.{name}={config[name]}: expected 0 < low <= high <= {highest}")
+
+
+def check_mix(config: ConfigDict, batch: int) -> None:
+    """Raises ValueError for knobs of `mix` that cannot be, or cannot be with batches of so many images."""
+    for name in ("mix_prob", "cutmix_switch"):
+        if not 0 <= config[name] <= 1:
+            raise ValueError(f"config.augment.{name}={config[name]}: expected a probability, 0 to 1")
+    for name in ("mixup", "cutmix"):
+        if not 0 <= config[name] <= 100:
+            raise ValueError(f"config.augment.{name}={config[name]}: expected the alpha of a Beta distribution, more "
+                             "than 0, or 0 for none")
+    if config.mix_group < 1 or batch % config.mix_group:
+        raise ValueError(f"config.augment.mix_group={config.mix_group}: expected a divisor of the batch of {batch} "
+                         "images")
+    if config.mix_group == 1 and config.mixup + config.cutmix > 0:
+        raise ValueError("config.augment.mix_group=1: an image alone cannot be mixed; expected 2 or more, or 0 for "
+                         "config.augment.mixup and config.augment.cutmix")
+
+
 def augment(
     key: Key[Array, ""],
     images: UInt8[Array, "b h w c"],
@@ -47,14 +86,7 @@ def augment(
         ValueError: if the config asks for changes of colour and images have not 3 channels, or for an unknown
             `erase_mode`.
     """
-    channels = images.shape[-1]
-    if channels != 3 and (config.color_jitter > 0 or config.rand_augment_ops > 0):
-        raise ValueError(
-            f"images have {channels} channels, but RandAugment and colour jitter need 3: set augment.rand_augment_ops "
-            f"(now {config.rand_augment_ops}) and augment.color_jitter (now {config.color_jitter}) to 0"
-        )
-    if config.erase_prob > 0 and config.erase_mode not in ("pixel", "const"):
-        raise ValueError(f"augment.erase_mode is {config.erase_mode!r}, but 'pixel' or 'const' is expected")
+    check(config, images.shape[-1])
 
     def on_one_device(key, images):
         first = jax.lax.axis_index("data") * len(images)
@@ -245,10 +277,7 @@ def mix(
     if not (config.mixup > 0 or config.cutmix > 0):
         return images, targets, weights
     batch, height, width, _ = images.shape
-    if batch % config.mix_group:
-        raise ValueError(
-            f"a batch of {batch} images does not divide into groups of augment.mix_group={config.mix_group}: "
-            "set one to a divisor of the other")
+    check_mix(config, batch)
     kept_part, cut, (top, left, bottom, right) = draw_mix(key, batch // config.mix_group, height, width, config)
 
     def mixed(values, kept):

@@ -9,6 +9,8 @@ import contextlib
 import ctypes
 import dataclasses
 import multiprocessing
+import multiprocessing.connection
+import multiprocessing.resource_tracker
 import os
 import pathlib
 import queue
@@ -33,8 +35,12 @@ IN_FLIGHT = 2
 """Batches that are on their way to the devices before they are used."""
 BATCHES_A_WORKER = 4
 """Of a worker that wait in shared memory, at most: made, queued, fetched, copied."""
+CLOSING = 10.0
+"""Seconds that workers have to end when a feed is closed; then they are killed."""
 LISTED = 20
 """Unreadable images that the error names which ends a run."""
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+"""Sent to all processes of a run, and left to the main one."""
 
 Fed = tuple[dict[str, jax.Array], list[str]]
 """A batch, and what to say of each of its images that could not be read."""
@@ -51,7 +57,7 @@ class Read:
     source: Source
     transform: decode.TrainCrop | decode.EvalCrop | None
 
-    def __call__(self, index: int, rng: np.random.Generator | None = None) -> dict[str, np.ndarray]:
+    def __call__(self, index: int, rng: np.random.Generator | None = None) -> dict[str, np.ndarray | np.generic]:
         index = int(index)
         blank = {"image": None, "label": self._blank_label(), "weight": np.float32(0), "index": np.int64(index)}
         if index >= len(self.source):
@@ -66,7 +72,7 @@ class Read:
             return {**blank, "image": self.blank_image()}
         return {**blank, "image": image, "weight": np.float32(1)}
 
-    def _blank_label(self) -> np.ndarray:
+    def _blank_label(self) -> np.ndarray | np.integer:
         return np.zeros(self.source.num_classes, bool) if self.source.multi_label else np.int32(0)
 
     def blank_image(self) -> np.ndarray:
@@ -76,26 +82,30 @@ class Read:
 
     def reason(self, index: int) -> str:
         """Why it cannot be read."""
+        name = self.source.record_name(index)
         try:
             self.transform(self.source[index]["image"], np.random.default_rng(0))
         except Exception as error:
-            text = f"{type(error).__name__}: {error}"
-        else:
-            text = "read at a second try"
-        return f"{self.source.record_name(index)}: {text}"
+            text = str(error)
+            return text if text.startswith(name) else f"{name}: {type(error).__name__}: {text}"
+        return f"{name}: read at a second try"
 
 
 def _start_worker(index: int, count: int) -> None:
-    """In a new worker process: decode in one thread, leave signals to the main process, and die with it."""
+    """In a new worker process: decode in one thread, and die with the main process."""
     cv2.setNumThreads(1)
-    for ignored in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(ignored, signal.SIG_IGN)
     if sys.platform == "linux":
         libc = ctypes.CDLL(None)
-        libc.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        # PR_SET_PDEATHSIG: a stopped worker goes on, to see the end. No SIGKILL: what counts as the parent is the
+        # thread that started us, and Grain ends it before it asks us to stop and takes back our shared memory.
+        libc.prctl(1, signal.SIGCONT)
         libc.prctl(15, f"input-{index}".encode())  # PR_SET_NAME
-    if os.getppid() != multiprocessing.parent_process().pid:
-        os._exit(1)  # it died before we asked to die with it
+    threading.Thread(target=_end_with_parent, daemon=True, name="end with parent").start()
+
+
+def _end_with_parent() -> None:
+    multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
+    os._exit(1)
 
 
 def _proc(pid: int, file: str) -> str:
@@ -126,6 +136,7 @@ class HostBatches(Iterator[dict[str, np.ndarray]]):
             options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=1)
             batches = batches.mp_prefetch(options, worker_init_fn=_start_worker)
         others = {process.pid for process in multiprocessing.active_children()}
+        multiprocessing.resource_tracker.ensure_running()  # the thread that starts it takes no signal mask of ours
         self._timeout = timeout
         self._iterator = iter(batches)
         self._ready: queue.Queue = queue.Queue(maxsize=1)
@@ -138,9 +149,12 @@ class HostBatches(Iterator[dict[str, np.ndarray]]):
         deadline = time.monotonic() + timeout
         while len(self._workers) < workers and self._thread.is_alive() and time.monotonic() < deadline:
             time.sleep(0.01)
-            self._workers = [p for p in multiprocessing.active_children() if p.pid not in others]
+            others |= {process.pid for process in self._workers}
+            self._workers += [p for p in multiprocessing.active_children() if p.pid not in others]
 
     def _pull(self) -> None:
+        # The workers inherit this from their first moment: threads of this one start them.
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         try:
             for batch in self._iterator:
                 # Copied out of the memory that is shared with the worker, which is then free.
@@ -168,6 +182,7 @@ class HostBatches(Iterator[dict[str, np.ndarray]]):
                 self._fail(f"{self._describe(dead)}: killed, or out of memory, of which fewer config.data.workers need "
                            "less")
             if isinstance(error, StopIteration):
+                self._kill()  # they have nothing left; asked to end, each would take half a second
                 self.close()
                 raise error
             if error is not None:
@@ -179,8 +194,7 @@ class HostBatches(Iterator[dict[str, np.ndarray]]):
                            "Look at the storage of the images, and at what stops a worker")
 
     def _fail(self, message: str, cause: Exception | None = None) -> None:
-        for process in self._workers:
-            process.kill()  # one that is stopped would not end when it is asked to
+        self._kill()  # one that is stopped would not end when it is asked to
         self.close()
         raise FeedError(message) from cause
 
@@ -192,13 +206,23 @@ class HostBatches(Iterator[dict[str, np.ndarray]]):
             for process in workers) or "there are no workers"
 
     def close(self) -> None:
-        """Ends the workers."""
+        """Ends the workers. A thread of this process that hangs, in a read or a start of a worker, is left behind."""
         self._closed.set()
-        while self._thread.is_alive():
+        deadline = time.monotonic() + 2 * CLOSING
+        killer = threading.Timer(CLOSING, self._kill)
+        killer.daemon = True
+        killer.start()
+        while self._thread.is_alive() and time.monotonic() < deadline:
             with contextlib.suppress(queue.Empty):
                 self._ready.get_nowait()  # what the thread waits to hand over
             self._thread.join(timeout=0.02)
-        self._iterator.close()
+        if not self._thread.is_alive():
+            self._iterator.close()
+        killer.cancel()
+
+    def _kill(self) -> None:
+        for process in self._workers:
+            process.kill()
 
 
 def check_shared_memory(workers: int, batch_bytes: int, folder: pathlib.Path = pathlib.Path("/dev/shm")) -> None:
@@ -219,7 +243,7 @@ def check_shared_memory(workers: int, batch_bytes: int, folder: pathlib.Path = p
 class Feed(Iterator[Fed]):
     """This process's share of the batches as its part of global arrays, with some in flight. To be closed."""
 
-    def __init__(self, dataset: grain.MapDataset, read: Read, config: ConfigDict, steps: slice,
+    def __init__(self, dataset: grain.MapDataset, read: Read, config: ConfigDict, steps: slice, epoch: int,
                  sharding: jax.sharding.NamedSharding):
         batch_size, workers = config.batch_size, config.data.workers
         processes, process = jax.process_count(), jax.process_index()
@@ -235,6 +259,7 @@ class Feed(Iterator[Fed]):
                                     config.data.timeout)
         self._read, self._sharding = read, sharding
         self._max_bad_fraction, self._share = config.data.max_bad_fraction, len(read.source) / processes
+        self._batch_size, self._epoch, self._position = batch_size, epoch, steps.start * batch_size % epoch
         self._seen, self._bad = 0, 0
         self._reasons: list[str] = []
         self._in_flight: collections.deque[Fed] = collections.deque()
@@ -254,12 +279,15 @@ class Feed(Iterator[Fed]):
 
     def _check(self, weights: np.ndarray, indices: np.ndarray) -> list[str]:
         """Says which images could not be read; raises FeedError if they are too many."""
-        reasons = [self._read.reason(int(index)) for index in indices[(weights == 0) & (indices >= 0)]]
+        there = indices >= 0
+        reasons = [self._read.reason(int(index)) for index in indices[there & (weights == 0)]]
         for reason in reasons:
             logging.warning("cannot read %s; it counts for nothing", reason)
-        self._seen, self._bad = self._seen + len(indices), self._bad + len(reasons)
+        self._seen, self._bad = self._seen + int(there.sum()), self._bad + len(reasons)
+        self._position += self._batch_size
+        epochs = -(-self._position // self._epoch)
         self._reasons = (self._reasons + reasons)[:LISTED]
-        if self._bad > self._max_bad_fraction * max(self._seen, self._share):
+        if self._bad > self._max_bad_fraction * max(self._seen, self._share * epochs):
             more = ["..."] if self._bad > len(self._reasons) else []
             self.close()
             raise FeedError("\n  ".join([
@@ -288,16 +316,16 @@ def train_batches(
     on over the ends of epochs, so no image is left out. config.data.workers processes decode, or threads if 0.
 
     Raises ValueError for a batch size that does not divide over the devices; FeedError if a worker dies, if no batch
-    comes for config.data.timeout seconds, or if more than config.data.max_bad_fraction of the images (of at least one
-    epoch's) cannot be read.
+    comes for config.data.timeout seconds, or if more than config.data.max_bad_fraction of the images cannot be read
+    (counted over whole epochs, with the one that has begun, however its images are shuffled).
     """
     read = train_read(source, config)
     dataset = grain.MapDataset.range(len(source)).seed(config.seed).shuffle().repeat(None).random_map(read)
-    return Feed(dataset, read, config, slice(first_step, last_step), sharding)
+    return Feed(dataset, read, config, slice(first_step, last_step), len(source), sharding)
 
 
 def eval_batches(source: Source, config: ConfigDict, *, sharding: jax.sharding.NamedSharding) -> Feed:
     """Every image once, in order, as `train_batches` gives them; what fills the last batch up has weight 0 too."""
     read = Read(source, None if isinstance(source, ArraySource) else decode.eval_crop(config))
     padded = -(-len(source) // config.batch_size) * config.batch_size
-    return Feed(grain.MapDataset.range(padded).map(read), read, config, slice(0, None), sharding)
+    return Feed(grain.MapDataset.range(padded).map(read), read, config, slice(0, None), padded, sharding)

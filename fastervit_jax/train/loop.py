@@ -10,7 +10,7 @@ from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from fastervit_jax.data import loader, sources
+from fastervit_jax.data import augment, loader, sources
 from fastervit_jax.model.fastervit import FasterViT
 from fastervit_jax.model.variants import ModelConfig
 from fastervit_jax.train import checkpoint, evaluate, sharding
@@ -24,15 +24,15 @@ def check(config: ConfigDict) -> None:
     """Raises ValueError for settings that cannot be, or that would have no effect."""
     at_least = {"seed": 0, "warmup_epochs": 0, "batch_size": 1, "epochs": 1, "log_every_steps": 1,
                 "eval_every_epochs": 1, "checkpoint_every_epochs": 1, "keep_checkpoints": 1, "data.workers": 0,
-                "data.timeout": 1, "augment.mix_group": 1}
+                "data.timeout": 1}
     flat = flatten_dict(config.to_dict(), sep=".")
     for name, least in at_least.items():
         if flat[name] < least:
             raise ValueError(f"config.{name}={flat[name]}: expected at least {least}")
-    for name in ("data.max_bad_fraction", "augment.flip", "augment.rand_augment_prob", "augment.erase_prob",
-                 "augment.mix_prob", "augment.cutmix_switch"):
-        if not 0 <= flat[name] <= 1:
-            raise ValueError(f"config.{name}={flat[name]}: expected 0 to 1")
+    if not 0 <= config.data.max_bad_fraction <= 1:
+        raise ValueError(f"config.data.max_bad_fraction={config.data.max_bad_fraction}: expected 0 to 1")
+    augment.check(config.augment, config.model.in_chans)
+    augment.check_mix(config.augment, config.batch_size)
     if config.init_from_ema and not config.init_from:
         raise ValueError("config.init_from_ema=True without config.init_from: expected a file of weights to start from")
     model, size = ModelConfig(**config.model), config.data.image_size

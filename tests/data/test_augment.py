@@ -246,11 +246,11 @@ def test_erased_pixels_are_noise_of_their_own(key):
 def test_what_cannot_be_done_is_refused(key):
     images = random_images(key, 2, 8, 8, 1)
     for changes in ({"rand_augment_ops": 2}, {"color_jitter": 0.4}):
-        with pytest.raises(ValueError, match=r"images have 1 channels.*need 3: set augment.rand_augment_ops"):
+        with pytest.raises(ValueError, match=r"images have 1 channels.*need 3: set config.augment.rand_augment_ops"):
             augmented(key, images, settings(**changes), mean=(0.5,), std=(0.5,))
-    with pytest.raises(ValueError, match="erase_mode is 'noise', but 'pixel' or 'const'"):
+    with pytest.raises(ValueError, match="erase_mode='noise': expected 'pixel' or 'const'"):
         augmented(key, images, settings(erase_prob=0.1, erase_mode="noise"), mean=(0.5,), std=(0.5,))
-    with pytest.raises(ValueError, match=r"12 images does not divide into groups of augment.mix_group=8"):
+    with pytest.raises(ValueError, match=r"augment.mix_group=8: expected a divisor of the batch of 12 images"):
         augment.mix(key, jnp.zeros((12, 4, 4, 1)), jnp.zeros((12, 2)), jnp.ones(12), settings(mixup=0.8))
 
 

@@ -81,6 +81,8 @@ def test_every_knob_is_listed():
 @pytest.mark.parametrize("knob", KNOBS)
 def test_knob_changes_the_program(knob, plain):
     config = runs.config(**{knob: KNOBS[knob]})
+    if knob in ("augment.mixup", "augment.cutmix"):
+        config.augment.mix_group = 2
     if knob == "model.in_chans":
         config.data.mean = config.data.std = (0.5, 0.5, 0.5)
     assert program(config) != plain
