@@ -12,6 +12,7 @@ each, in a folder that is removed again.
 import argparse
 import contextlib
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -22,7 +23,6 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import grain
 import jax
 import numpy as np
 from ml_collections import ConfigDict
@@ -63,16 +63,17 @@ def tell(**figures: Any) -> None:
 
 def plain_loop(source: Any, config: ConfigDict) -> Iterator[Any]:
     """One image after the other, in this process."""
-    read, rng = loader.train_read(source, config), np.random.default_rng(0)
-    while True:
-        yield [read(int(index), rng) for index in rng.integers(len(source), size=config.batch_size)]
+    order, read = loader.train_order(source, config)
+    for start in itertools.count(step=config.batch_size):
+        for place in range(start, start + config.batch_size):
+            read.pixels(source[order[place]]["image"], place)
+        yield
 
 
 def host_feed(source: Any, config: ConfigDict, workers: int) -> loader.HostBatches:
     """The feed as in training, but without devices."""
-    read = loader.train_read(source, config)
-    dataset = grain.MapDataset.range(len(source)).seed(0).shuffle().repeat(None).random_map(read)
-    return loader.HostBatches(dataset.batch(config.batch_size), workers, config.data.timeout)
+    order, read = loader.train_order(source, config)
+    return loader.HostBatches(loader.batches(order, read, config.batch_size), workers, config.data.timeout)
 
 
 def tf_batches(source: Any, config: ConfigDict, threads: int, antialias: bool) -> Iterator[Any]:
@@ -107,7 +108,7 @@ def benchmark_data(source: Any, config: ConfigDict, workers: list[int], seconds:
             ways[f"tf.data, {count} threads"] = lambda count=count: tf_batches(source, config, count, False)
             ways[f"tf.data, {count} threads, antialiased"] = lambda count=count: tf_batches(source, config, count, True)
     rates: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(repeat):
+    for round_ in range(repeat):
         for name, make in ways.items():
             with contextlib.closing(make()) as batches:
                 next(batches)
@@ -119,9 +120,10 @@ def benchmark_data(source: Any, config: ConfigDict, workers: list[int], seconds:
                     next(batches)
                     done += config.batch_size
                 rates[name].append(done / (time.perf_counter() - start))
+            tell(benchmark="data", way=name, round=round_, images_per_second=rates[name][-1])
     kilobytes = statistics.mean(len(source[i]["image"]) for i in range(len(source))) / 1e3
     for name, found in rates.items():
-        tell(benchmark="data", way=name, images_per_second=statistics.median(found), lowest=min(found),
+        tell(benchmark="data", way=name, median=statistics.median(found), lowest=min(found),
              highest=max(found), cores=len(os.sched_getaffinity(0)), mean_kilobytes=kilobytes)
 
 

@@ -8,6 +8,7 @@ import collections
 import contextlib
 import ctypes
 import dataclasses
+import math
 import multiprocessing
 import multiprocessing.connection
 import multiprocessing.resource_tracker
@@ -26,6 +27,7 @@ import grain
 import jax
 import numpy as np
 from absl import flags, logging
+from jaxtyping import Int, UInt8
 from ml_collections import ConfigDict
 
 from fastervit_jax.data import decode
@@ -52,43 +54,69 @@ class FeedError(RuntimeError):
 
 @dataclasses.dataclass(frozen=True)
 class Read:
-    """One example by its index; with weight 0 if it cannot be read, and beyond the end of the source."""
+    """Makes batches from (place, record) pairs: a record that cannot be read, or is beyond the last one, has weight 0.
+
+    A record's random crop comes from `seed` and its place in the order of the whole run.
+    """
 
     source: Source
     transform: decode.TrainCrop | decode.EvalCrop | None
+    seed: int
 
-    def __call__(self, index: int, rng: np.random.Generator | None = None) -> dict[str, np.ndarray | np.generic]:
-        index = int(index)
-        blank = {"image": None, "label": self._blank_label(), "weight": np.float32(0), "index": np.int64(index)}
-        if index >= len(self.source):
-            return {**blank, "image": self.blank_image(), "index": np.int64(-1)}
-        try:
-            record = self.source[index]
-            blank["label"] = record["label"]
-            image = record["image"] if self.transform is None else self.transform(record["image"], rng)
-        # Readers and decoders raise what they like on damaged bytes, and Grain ends early on any error. Nothing is
-        # lost: the main process sees weight 0, says why, and ends the run if there are many.
-        except Exception:
-            return {**blank, "image": self.blank_image()}
-        return {**blank, "image": image, "weight": np.float32(1)}
+    def __call__(self, pairs: Int[np.ndarray, "b 2"]) -> dict[str, np.ndarray]:
+        labels = (len(pairs), self.source.num_classes) if self.source.multi_label else (len(pairs),)
+        batch = {
+            "image": np.zeros((len(pairs), *self.shape), np.uint8),
+            "label": np.zeros(labels, bool if self.source.multi_label else np.int32),
+            "weight": np.zeros(len(pairs), np.float32),
+            "index": np.full(len(pairs), -1, np.int64),
+        }
+        for i, (place, index) in enumerate(pairs):
+            if index >= len(self.source):
+                continue
+            batch["index"][i] = index
+            try:
+                record = self.source[int(index)]
+                batch["label"][i] = record["label"]
+                batch["image"][i] = self.pixels(record["image"], int(place))
+                batch["weight"][i] = 1
+            # Readers and decoders raise what they like on damaged bytes, and Grain ends early on any error. Nothing is
+            # lost: the main process sees weight 0, says why, and ends the run if there are many.
+            except Exception:
+                batch["weight"][i] = 0
+        return batch
 
-    def _blank_label(self) -> np.ndarray | np.integer:
-        return np.zeros(self.source.num_classes, bool) if self.source.multi_label else np.int32(0)
-
-    def blank_image(self) -> np.ndarray:
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Of an image."""
         if self.transform is None:
-            return np.zeros_like(self.source[0]["image"])
-        return np.zeros((self.transform.size, self.transform.size, self.transform.channels), np.uint8)
+            return self.source[0]["image"].shape
+        return self.transform.size, self.transform.size, self.transform.channels
+
+    def pixels(self, image: bytes | np.ndarray, place: int) -> UInt8[np.ndarray, "h w c"]:
+        """An encoded image's, or those that are there already."""
+        if self.transform is None:
+            return image
+        return self.transform(image, np.random.Generator(np.random.Philox(key=[self.seed, place])))
 
     def reason(self, index: int) -> str:
-        """Why it cannot be read."""
+        """Why a record cannot be read."""
         name = self.source.record_name(index)
         try:
-            self.transform(self.source[index]["image"], np.random.default_rng(0))
+            self.pixels(self.source[index]["image"], 0)
         except Exception as error:
             text = str(error)
             return text if text.startswith(name) else f"{name}: {type(error).__name__}: {text}"
         return f"{name}: read at a second try"
+
+
+def _pair(place: int, index: int) -> Int[np.ndarray, "2"]:
+    return np.array([place, index], np.int64)
+
+
+def batches(records: grain.MapDataset, read: Read, size: int) -> grain.MapDataset:
+    """Of so many images each, in the order of `records`; a part that is left at the end is dropped."""
+    return records.map_with_index(_pair).batch(size, drop_remainder=True).map(read)
 
 
 def _start_worker(index: int, count: int) -> None:
@@ -122,7 +150,7 @@ def _state(pid: int) -> str:
 
 
 class HostBatches(Iterator[dict[str, np.ndarray]]):
-    """The dataset's elements in order, made by `workers` processes; 0: by threads of this one. To be closed.
+    """The dataset's batches in order, made by `workers` processes; 0: by threads of this one. To be closed.
 
     A worker that died, and none that gives a batch within `timeout` seconds, raise FeedError. Workers die with this
     process, however it ends.
@@ -241,22 +269,24 @@ def check_shared_memory(workers: int, batch_bytes: int, folder: pathlib.Path = p
 
 
 class Feed(Iterator[Fed]):
-    """This process's share of the batches as its part of global arrays, with some in flight. To be closed."""
+    """This process's share of the batches as its part of global arrays, with some in flight. To be closed.
 
-    def __init__(self, dataset: grain.MapDataset, read: Read, config: ConfigDict, steps: slice, epoch: int,
+    `records` is the order of records through the whole run, of which `epoch` are one time through.
+    """
+
+    def __init__(self, records: grain.MapDataset, read: Read, config: ConfigDict, steps: slice, epoch: int,
                  sharding: jax.sharding.NamedSharding):
         batch_size, workers = config.batch_size, config.data.workers
         processes, process = jax.process_count(), jax.process_index()
         if batch_size % sharding.mesh.size:
             raise ValueError(f"batch size {batch_size} does not divide over {sharding.mesh.size} devices; expected a "
                              f"multiple of {sharding.mesh.size}")
-        check_shared_memory(workers, read.blank_image().nbytes * batch_size // processes)
+        check_shared_memory(workers, math.prod(read.shape) * batch_size // processes)
         # Shuffle and repeat come before batching, batching before each process takes its share: any other
         # order makes the content of a batch depend on the number of processes.
-        dataset = dataset.batch(batch_size // processes, drop_remainder=True)
         last = None if steps.stop is None else steps.stop * processes
-        self._batches = HostBatches(dataset[steps.start * processes + process : last : processes], workers,
-                                    config.data.timeout)
+        share = batches(records, read, batch_size // processes)[steps.start * processes + process : last : processes]
+        self._batches = HostBatches(share, workers, config.data.timeout)
         self._read, self._sharding = read, sharding
         self._max_bad_fraction, self._share = config.data.max_bad_fraction, len(read.source) / processes
         self._batch_size, self._epoch, self._position = batch_size, epoch, steps.start * batch_size % epoch
@@ -301,9 +331,11 @@ class Feed(Iterator[Fed]):
         self._batches.close()
 
 
-def train_read(source: Source, config: ConfigDict) -> Read:
-    """How training reads an example of the source."""
-    return Read(source, None if isinstance(source, ArraySource) else decode.train_crop(config))
+def train_order(source: Source, config: ConfigDict) -> tuple[grain.MapDataset, Read]:
+    """The order of records in training, without end, and how they are read."""
+    transform = None if isinstance(source, ArraySource) else decode.train_crop(config)
+    order = grain.MapDataset.range(len(source)).seed(config.seed).shuffle().repeat(None)
+    return order, Read(source, transform, config.seed)
 
 
 def train_batches(
@@ -319,13 +351,12 @@ def train_batches(
     comes for config.data.timeout seconds, or if more than config.data.max_bad_fraction of the images cannot be read
     (counted over whole epochs, with the one that has begun, however its images are shuffled).
     """
-    read = train_read(source, config)
-    dataset = grain.MapDataset.range(len(source)).seed(config.seed).shuffle().repeat(None).random_map(read)
-    return Feed(dataset, read, config, slice(first_step, last_step), len(source), sharding)
+    order, read = train_order(source, config)
+    return Feed(order, read, config, slice(first_step, last_step), len(source), sharding)
 
 
 def eval_batches(source: Source, config: ConfigDict, *, sharding: jax.sharding.NamedSharding) -> Feed:
     """Every image once, in order, as `train_batches` gives them; what fills the last batch up has weight 0 too."""
-    read = Read(source, None if isinstance(source, ArraySource) else decode.eval_crop(config))
+    read = Read(source, None if isinstance(source, ArraySource) else decode.eval_crop(config), config.seed)
     padded = -(-len(source) // config.batch_size) * config.batch_size
-    return Feed(grain.MapDataset.range(padded).map(read), read, config, slice(0, None), padded, sharding)
+    return Feed(grain.MapDataset.range(padded), read, config, slice(0, None), padded, sharding)
