@@ -17,7 +17,7 @@ import jax
 from absl import app, flags
 from ml_collections import ConfigDict
 
-from fastervit_jax.data import sources
+from fastervit_jax.data import loader, sources
 from fastervit_jax.model.fastervit import FasterViT
 from fastervit_jax.model.variants import ModelConfig
 from fastervit_jax.train import checkpoint, command, evaluate, metrics, sharding
@@ -39,6 +39,12 @@ def main(config: ConfigDict, workdir: pathlib.Path) -> None:
         raise app.UsageError("--ema without --checkpoint: checkpoints of a run have one set of weights")
     if SPLIT.value and DATASETS.value:
         raise app.UsageError("--split with --datasets: give --datasets=NAME@SPLIT")
+    loader.check(config)
+    # All are opened, and checked, before minutes go by.
+    pairs = [name.partition("@")[::2] for name in DATASETS.value] or [(config.data.source, SPLIT.value)]
+    pairs = [(name, split or sources.default_eval_split(name, config)) for name, split in pairs]
+    opened = {pair: sources.make_source(config, pair[1], pair[0]) for pair in pairs}
+
     mesh = sharding.make_mesh()
     model = FasterViT(ModelConfig(**config.model))
     if CHECKPOINT.value:
@@ -51,20 +57,15 @@ def main(config: ConfigDict, workdir: pathlib.Path) -> None:
         evaluated = {"step": step}
     eval_step = evaluate.make_eval_step(model, config, mesh)
 
-    def line(dataset: str, split: str) -> tuple[str, str]:
-        source = sources.make_source(config, split, dataset)
+    width = max(len(f"{name} {split}") for name, split in opened)
+    results = []
+    for (dataset, split), source in opened.items():
         result = evaluate.evaluate(eval_step, variables, source, config, mesh)
-        named = {"name": config.name, "dataset": dataset, "split": split, **evaluated, **result}
-        return evaluate.report(result), json.dumps(named)
-
-    if not DATASETS.value:
-        print("\n".join(line(config.data.source, SPLIT.value or config.data.eval_split)))
-        return
-    pairs = [name.partition("@")[::2] for name in DATASETS.value]
-    pairs = [(name, split or sources.default_eval_split(name, config)) for name, split in pairs]
-    width = max(len(f"{name} {split}") for name, split in pairs)
-    lines = [(f"{f'{name} {split}':{width}}", *line(name, split)) for name, split in pairs]
-    print("\n".join([name + report for name, report, _ in lines] + [figures for *_, figures in lines]))
+        results.append({"name": config.name, "dataset": dataset, "split": split, **evaluated, **result})
+        title = f"{f'{dataset} {split}':{width}}" if DATASETS.value else ""
+        print(title + evaluate.report(result), flush=True)
+    for result in results:
+        print(json.dumps(result))
 
 
 if __name__ == "__main__":

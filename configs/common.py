@@ -16,7 +16,10 @@ def model(name: str, **changes) -> ConfigDict:
     return config
 
 
-def data(source: str, image_size: int, mean: tuple[float, ...], std: tuple[float, ...]) -> ConfigDict:
+def data(
+    source: str, image_size: int, mean: tuple[float, ...], std: tuple[float, ...], eval_crop: float = 1.0,
+    eval_mode: str = "center",
+) -> ConfigDict:
     """Where images come from, and how they are fed."""
     config = ConfigDict()
     config.source = source  # digits, folder, or the name of a TFDS dataset in ArrayRecord files
@@ -29,16 +32,13 @@ def data(source: str, image_size: int, mean: tuple[float, ...], std: tuple[float
     config.workers = 0  # processes that decode; 0: threads of this one
     config.timeout = 300.0  # seconds without a batch that end the run
     config.max_bad_fraction = 0.001  # more images than this part that cannot be read end the run
-    return config
-
-
-def crops(config: ConfigDict, eval_crop: float, eval_mode: str) -> None:
-    """Add to a data section how image files become pixels."""
-    config.crop_scale = (0.08, 1.0)
-    config.crop_ratio = (3 / 4, 4 / 3)
+    # How image files become pixels; digits are pixels already.
+    config.crop_scale = (0.08, 1.0)  # of the area
+    config.crop_ratio = (3 / 4, 4 / 3)  # width by height
     config.interpolation = "random"  # bilinear, bicubic, or one of the two at random
-    config.eval_crop = eval_crop  # the part of the short side, in mode center, or of both, in mode squash, that is seen
+    config.eval_crop = eval_crop  # the part of the short side, in mode center, or of both, in squash, that is seen
     config.eval_mode = eval_mode
+    return config
 
 
 def augment(**changes) -> ConfigDict:
@@ -47,7 +47,7 @@ def augment(**changes) -> ConfigDict:
     config.flip = 0.0  # probability
     config.zoom = 0.0
     config.shift = 0.0
-    config.color_jitter = 0.0
+    config.color_jitter = 0.0  # before RandAugment, with which timm leaves it out
     config.rand_augment_ops = 0
     config.rand_augment_prob = 0.5
     config.rand_augment_magnitude = 9.0

@@ -21,9 +21,10 @@ def get_config(name: str = "faster_vit_0_224") -> ConfigDict:
     config = common.base()
     config.name = f"imagenet_{name}"
 
-    config.data = common.data("imagenet2012", variant.resolution, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+    config.data = common.data(
+        "imagenet2012", variant.resolution, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225),
+        eval_crop=variant.crop_pct, eval_mode=variant.crop_mode)
     config.data.workers = 16
-    common.crops(config.data, variant.crop_pct, variant.crop_mode)
     config.augment = common.augment(
         flip=0.5, rand_augment_ops=2, erase_prob=0.25, mixup=0.8, cutmix=1.0,
         mix_group=128,  # the batch of one GPU in the official runs

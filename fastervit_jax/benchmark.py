@@ -137,9 +137,9 @@ def benchmark_input(source: Any, config: ConfigDict, steps: int) -> None:
 
     @jax.jit
     def augmented(key, batch):
-        images = augment.augment(key, batch["image"], config.augment, config.data.mean, config.data.std, mesh)
         targets = losses.smooth_one_hot(batch["label"], model.config.num_classes, config.label_smoothing)
-        return augment.mix(key, images, targets, batch["weight"], config.augment)
+        return augment.train_images(
+            key, batch["image"], targets, batch["weight"], config.augment, config.data.mean, config.data.std, mesh)
 
     feed = loader.train_batches(source, config, first_step=0, last_step=10**6, sharding=sharding.over_batch(mesh))
     with contextlib.closing(feed):

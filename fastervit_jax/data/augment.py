@@ -4,13 +4,14 @@ Axes: b batch, h and w height and width, c channels, k classes.
 """
 
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy.special
 from jax.sharding import Mesh, PartitionSpec
-from jaxtyping import Array, Bool, Float, Int, Key, UInt8
+from jaxtyping import Array, Bool, Float, Int, Key, Shaped, UInt8
 from ml_collections import ConfigDict
 
 from fastervit_jax.data import randaugment
@@ -58,6 +59,23 @@ def check_mix(config: ConfigDict, batch: int) -> None:
                          "config.augment.mixup and config.augment.cutmix")
 
 
+def train_images(
+    key: Key[Array, ""],
+    images: UInt8[Array, "b h w c"],
+    targets: Float[Array, "b k"],
+    weights: Float[Array, "b"],
+    config: ConfigDict,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    mesh: Mesh,
+) -> tuple[Float[Array, "b h w c"], Float[Array, "b k"], Float[Array, "b"]]:
+    """What a training step sees: `augment`, then `mix`, then `erase`, in timm's order. A mixed image is erased once."""
+    augment_key, mix_key, erase_key = jax.random.split(key, 3)
+    images = augment(augment_key, images, config, mean, std, mesh)
+    images, targets, weights = mix(mix_key, images, targets, weights, config)
+    return erase(erase_key, images, config, mesh), targets, weights
+
+
 def augment(
     key: Key[Array, ""],
     images: UInt8[Array, "b h w c"],
@@ -66,7 +84,7 @@ def augment(
     std: tuple[float, ...],
     mesh: Mesh,
 ) -> Float[Array, "b h w c"]:
-    """Flip, zoom and shift, change colours, RandAugment, normalise and erase, each as the config says.
+    """Flip, zoom and shift, change colours, RandAugment and normalise, each as the config says.
 
     Each device works on its part of the batch and on nothing else. An image's randomness comes from `key` and its
     place in the whole batch, so that the result is the same on any number of devices.
@@ -74,8 +92,8 @@ def augment(
     Args:
         key: one for each step.
         images: 0..255, split over the mesh's axis `data`.
-        config: `flip`, `zoom`, `shift`, `color_jitter`, `rand_augment_*` and `erase_*`, as in configs/common.py; what
-            is 0 there is not done, and costs nothing.
+        config: `flip`, `zoom`, `shift`, `color_jitter` and `rand_augment_*`, as in configs/common.py; what is 0 there
+            is not done, and costs nothing.
         mean, std: of each channel, for pixels 0..1.
         mesh: from `fastervit_jax.train.sharding.make_mesh`.
 
@@ -83,19 +101,42 @@ def augment(
         Float32, normalised.
 
     Raises:
-        ValueError: if the config asks for changes of colour and images have not 3 channels, or for an unknown
-            `erase_mode`.
+        ValueError: for a config that cannot be, see `check`.
     """
     check(config, images.shape[-1])
+    return _on_each_device(lambda keys, images: _augment(keys, images, config, mean, std), key, images, mesh)
+
+
+def erase(
+    key: Key[Array, ""], images: Float[Array, "b h w c"], config: ConfigDict, mesh: Mesh
+) -> Float[Array, "b h w c"]:
+    """`random_erase` as the config's `erase_*` say, on each device for its part of the batch, as in `augment`."""
+    if config.erase_prob == 0:
+        return images
+    return _on_each_device(
+        lambda keys, images: random_erase(
+            keys, images, config.erase_prob, config.erase_mode, config.erase_area, config.erase_aspect),
+        key, images, mesh)
+
+
+def _on_each_device(
+    function: Callable[..., Array], key: Key[Array, ""], images: Shaped[Array, "b h w c"], mesh: Mesh
+) -> Shaped[Array, "b h w c"]:
+    """function(keys, images) on each device's part of the batch, with a key an image by its place in the batch."""
 
     def on_one_device(key, images):
         first = jax.lax.axis_index("data") * len(images)
         keys = jax.vmap(jax.random.fold_in, (None, 0))(key, first + jnp.arange(len(images)))
-        return _augment(keys, images, config, mean, std)
+        return function(keys, images)
 
     over_batch = PartitionSpec("data")
     return jax.shard_map(on_one_device, mesh=mesh, in_specs=(PartitionSpec(), over_batch), out_specs=over_batch)(
         key, images)
+
+
+def fill_colour(mean: tuple[float, ...]) -> tuple[int, ...]:
+    """The mean colour in 0..255: what geometric operations show beyond an image's edges."""
+    return tuple(min(255, round(255 * x)) for x in mean)
 
 
 def _augment(
@@ -106,8 +147,8 @@ def _augment(
     std: tuple[float, ...],
 ) -> Float[Array, "b h w c"]:
     # A part's keys do not depend on which other parts there are.
-    flip_keys, zoom_keys, jitter_keys, rand_keys, erase_keys = (
-        jax.vmap(jax.random.fold_in, (0, None))(keys, part) for part in range(5))
+    flip_keys, zoom_keys, jitter_keys, rand_keys = (
+        jax.vmap(jax.random.fold_in, (0, None))(keys, part) for part in range(4))
     changes_colours = config.color_jitter > 0 or config.rand_augment_ops > 0
 
     if config.flip > 0:
@@ -120,15 +161,10 @@ def _augment(
     if config.color_jitter > 0:
         images = random_color_jitter(jitter_keys, images, config.color_jitter)
     if config.rand_augment_ops > 0:
-        fill = tuple(min(255, round(255 * x)) for x in mean)
         images = randaugment.rand_augment(
             rand_keys, images, config.rand_augment_ops, config.rand_augment_prob, config.rand_augment_magnitude,
-            config.rand_augment_std, fill)
-    images = normalise(images, mean, std)
-    if config.erase_prob > 0:
-        images = random_erase(
-            erase_keys, images, config.erase_prob, config.erase_mode, config.erase_area, config.erase_aspect)
-    return images
+            config.rand_augment_std, fill_colour(mean))
+    return normalise(images, mean, std)
 
 
 def normalise(

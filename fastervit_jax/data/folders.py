@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import pathlib
+import re
 from typing import Any
 
 import numpy as np
@@ -49,9 +50,12 @@ class FolderSource:
 def open_split(split: str, root: str) -> FolderSource:
     """The split of the images in `root`. Classes are the folders of train, in the order of their sorted names.
 
-    A class's files may lie in folders within its own; names that start with a dot do not count, other files neither.
+    A class's files may lie in folders within its own, but links to folders are not followed; names that start with a
+    dot do not count, other files neither. The split of the folder val is `validation`, or `val`.
     Raises ValueError if the split, its classes or its images are not there, or if a class is not one of train's.
     """
+    for name, folder in OTHER_NAMES.items():
+        split = re.sub(rf"\b{folder}\b", name, split)
     folders = split_folders(root)
     if "train" not in folders:
         raise ValueError(f"{root} has no folder train, whose folders are the classes; it has {_listing(folders)}")

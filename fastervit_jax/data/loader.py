@@ -8,6 +8,7 @@ import collections
 import contextlib
 import ctypes
 import dataclasses
+import errno
 import math
 import multiprocessing
 import multiprocessing.connection
@@ -35,10 +36,11 @@ from fastervit_jax.data.sources import ArraySource, Source
 
 IN_FLIGHT = 2
 """Batches that are on their way to the devices before they are used."""
-BATCHES_A_WORKER = 4
-"""Of a worker that wait in shared memory, at most: made, queued, fetched, copied."""
+FEEDS = 2
+"""That are open at a time: training's waits while there is an evaluation."""
 CLOSING = 10.0
 """Seconds that workers have to end when a feed is closed; then they are killed."""
+MORE_SHARED_MEMORY = ("Make /dev/shm larger (docker run --shm-size), or lower config.data.workers or config.batch_size")
 LISTED = 20
 """Unreadable images that the error names which ends a run."""
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -175,10 +177,15 @@ class HostBatches(Iterator[dict[str, np.ndarray]]):
         self._workers: list[Any] = []
         self._names: dict[int, str] = {}
         deadline = time.monotonic() + timeout
-        while len(self._workers) < workers and self._thread.is_alive() and time.monotonic() < deadline:
-            time.sleep(0.01)
-            others |= {process.pid for process in self._workers}
-            self._workers += [p for p in multiprocessing.active_children() if p.pid not in others]
+        try:
+            while len(self._workers) < workers and self._thread.is_alive() and time.monotonic() < deadline:
+                time.sleep(0.01)
+                others |= {process.pid for process in self._workers}
+                self._workers += [p for p in multiprocessing.active_children() if p.pid not in others]
+        except BaseException:  # a signal: nobody has this feed yet who could close it
+            self._kill()
+            self.close()
+            raise
 
     def _pull(self) -> None:
         # The workers inherit this from their first moment: threads of this one start them.
@@ -206,13 +213,18 @@ class HostBatches(Iterator[dict[str, np.ndarray]]):
                 if process.pid not in self._names and (name := _proc(process.pid, "comm")).startswith("input-"):
                     self._names[process.pid] = name
             dead = [process for process in self._workers if process.exitcode not in (None, 0)]
-            if dead:
+            if any(process.exitcode < 0 for process in dead):
                 self._fail(f"{self._describe(dead)}: killed, or out of memory, of which fewer config.data.workers need "
                            "less")
+            if dead:
+                self._fail(f"{self._describe(dead)}: its own message is above. A script that trains must do so below "
+                           "if __name__ == '__main__', for workers import it")
             if isinstance(error, StopIteration):
                 self._kill()  # they have nothing left; asked to end, each would take half a second
                 self.close()
                 raise error
+            if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+                self._fail(f"the memory shared with workers is full: {error}. {MORE_SHARED_MEMORY}", error)
             if error is not None:
                 self._fail(f"the feed broke: {type(error).__name__}: {error}", error)
             if batch is not None:
@@ -244,8 +256,9 @@ class HostBatches(Iterator[dict[str, np.ndarray]]):
             with contextlib.suppress(queue.Empty):
                 self._ready.get_nowait()  # what the thread waits to hand over
             self._thread.join(timeout=0.02)
-        if not self._thread.is_alive():
+        if self._iterator is not None and not self._thread.is_alive():
             self._iterator.close()
+            self._iterator = None  # with it go the last batches that are shared with workers
         killer.cancel()
 
     def _kill(self) -> None:
@@ -253,19 +266,20 @@ class HostBatches(Iterator[dict[str, np.ndarray]]):
             process.kill()
 
 
-def check_shared_memory(workers: int, batch_bytes: int, folder: pathlib.Path = pathlib.Path("/dev/shm")) -> None:
-    """Raises FeedError if the memory that workers share with this process is too small, where a system tells its size.
+def check_shared_memory(
+    workers: int, batch_bytes: int, feeds: int, folder: pathlib.Path = pathlib.Path("/dev/shm")
+) -> None:
+    """Raises FeedError if the memory that workers share with this process has too little room, where a system tells.
 
-    Without this they would be killed by a bus error.
+    Each worker has up to four batches there (made, queued, fetched, copied), and each feed one more.
     """
     if not workers or not folder.exists():
         return
     stat = os.statvfs(folder)
-    size, need = stat.f_blocks * stat.f_frsize, BATCHES_A_WORKER * workers * batch_bytes
-    if size < need:
-        raise FeedError(f"{folder} has {size / 2**30:.2f} GiB, but {workers} workers with batches of "
-                        f"{batch_bytes / 2**20:.0f} MiB take up to {need / 2**30:.2f} GiB of it. Make it larger (with "
-                        "docker run --shm-size), or lower config.data.workers or config.batch_size")
+    room, need = stat.f_bavail * stat.f_frsize, feeds * (4 * workers + 1) * batch_bytes
+    if room < need:
+        raise FeedError(f"{folder} has room for {room / 2**30:.2f} GiB, but {workers} workers with batches of "
+                        f"{batch_bytes / 2**20:.1f} MiB take up to {need / 2**30:.2f} GiB of it. {MORE_SHARED_MEMORY}")
 
 
 class Feed(Iterator[Fed]):
@@ -274,14 +288,14 @@ class Feed(Iterator[Fed]):
     `records` is the order of records through the whole run, of which `epoch` are one time through.
     """
 
-    def __init__(self, records: grain.MapDataset, read: Read, config: ConfigDict, steps: slice, epoch: int,
+    def __init__(self, records: grain.MapDataset, read: Read, config: ConfigDict, steps: slice, epoch: int, feeds: int,
                  sharding: jax.sharding.NamedSharding):
         batch_size, workers = config.batch_size, config.data.workers
         processes, process = jax.process_count(), jax.process_index()
         if batch_size % sharding.mesh.size:
             raise ValueError(f"batch size {batch_size} does not divide over {sharding.mesh.size} devices; expected a "
                              f"multiple of {sharding.mesh.size}")
-        check_shared_memory(workers, math.prod(read.shape) * batch_size // processes)
+        check_shared_memory(workers, math.prod(read.shape) * batch_size // processes, feeds)
         # Shuffle and repeat come before batching, batching before each process takes its share: any other
         # order makes the content of a batch depend on the number of processes.
         last = None if steps.stop is None else steps.stop * processes
@@ -331,6 +345,25 @@ class Feed(Iterator[Fed]):
         self._batches.close()
 
 
+def check(config: ConfigDict) -> None:
+    """Raises ValueError for a data section, or a batch size, that cannot be."""
+    data, channels = config.data, config.model.in_chans
+    for name, value, least in (("batch_size", config.batch_size, 1), ("data.image_size", data.image_size, 32),
+                               ("data.workers", data.workers, 0)):
+        if value < least:
+            raise ValueError(f"config.{name}={value}: expected at least {least}")
+    if not 0 < data.timeout < math.inf:
+        raise ValueError(f"config.data.timeout={data.timeout}: expected seconds, more than 0")
+    if not 0 <= data.max_bad_fraction <= 1:
+        raise ValueError(f"config.data.max_bad_fraction={data.max_bad_fraction}: expected 0 to 1")
+    for name, low in (("mean", 0.0), ("std", 1e-3)):
+        if len(data[name]) != channels or not all(low <= x <= 1 for x in data[name]):
+            raise ValueError(f"config.data.{name}={data[name]}: expected {channels} numbers, one a channel of "
+                             f"config.model.in_chans, from {low:g} to 1 (pixels are 0 to 1)")
+    decode.train_crop(config)
+    decode.eval_crop(config)
+
+
 def train_order(source: Source, config: ConfigDict) -> tuple[grain.MapDataset, Read]:
     """The order of records in training, without end, and how they are read."""
     transform = None if isinstance(source, ArraySource) else decode.train_crop(config)
@@ -352,11 +385,11 @@ def train_batches(
     (counted over whole epochs, with the one that has begun, however its images are shuffled).
     """
     order, read = train_order(source, config)
-    return Feed(order, read, config, slice(first_step, last_step), len(source), sharding)
+    return Feed(order, read, config, slice(first_step, last_step), len(source), FEEDS, sharding)
 
 
 def eval_batches(source: Source, config: ConfigDict, *, sharding: jax.sharding.NamedSharding) -> Feed:
     """Every image once, in order, as `train_batches` gives them; what fills the last batch up has weight 0 too."""
     read = Read(source, None if isinstance(source, ArraySource) else decode.eval_crop(config), config.seed)
     padded = -(-len(source) // config.batch_size) * config.batch_size
-    return Feed(grain.MapDataset.range(padded), read, config, slice(0, None), padded, sharding)
+    return Feed(grain.MapDataset.range(padded), read, config, slice(0, None), padded, 1, sharding)

@@ -55,10 +55,10 @@ def show_train(config: ConfigDict, source: sources.Source, out: pathlib.Path) ->
     feed = loader.train_batches(source, config, first_step=0, last_step=1, sharding=sharding.over_batch(mesh))
     with contextlib.closing(feed):
         batch, _ = next(feed)
-    augment_key, mix_key, _ = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), 0), 3)
-    images = augment.augment(augment_key, batch["image"], config.augment, config.data.mean, config.data.std, mesh)
+    key, _ = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), 0))  # as in the step
     targets = losses.smooth_one_hot(batch["label"], source.num_classes, 0.0)
-    images, targets, _ = augment.mix(mix_key, images, targets, batch["weight"], config.augment)
+    images, targets, _ = augment.train_images(
+        key, batch["image"], targets, batch["weight"], config.augment, config.data.mean, config.data.std, mesh)
     texts = []
     for target in np.asarray(targets):
         found = [int(label) for label in np.argsort(-target)[:2] if target[label] > 0]
@@ -72,7 +72,7 @@ def show_train(config: ConfigDict, source: sources.Source, out: pathlib.Path) ->
 def show_operations(images: UInt8[np.ndarray, "n h w c"], mean: tuple[float, ...], out: pathlib.Path) -> None:
     """Writes OUT/rand_augment/OP.png: a row an image and direction, a column a magnitude."""
     (out / "rand_augment").mkdir(exist_ok=True)
-    fill = jnp.asarray([round(255 * x) for x in mean])
+    fill = jnp.asarray(augment.fill_colour(mean))
     apply = jax.jit(randaugment.apply)
     for number, name in enumerate(randaugment.OPS):
         cases = [(image, magnitude, sign) for image in images for sign in (-1, 1) for magnitude in MAGNITUDES]
@@ -90,6 +90,7 @@ def main(argv: list[str]) -> None:
     with config.unlocked():
         config.batch_size = _IMAGES.value
         config.augment.mix_group = _IMAGES.value
+    loader.check(config)
     source = sources.make_source(config, config.data.train_split)
     out.mkdir(parents=True, exist_ok=True)
     images = show_train(config, source, out)

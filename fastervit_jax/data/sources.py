@@ -129,7 +129,7 @@ def default_eval_split(name: str, config: ConfigDict) -> str:
     for split in ("validation", "test", *(there if len(there) == 1 else ())):
         if split in there:
             return split
-    raise ValueError(f"{name} has the splits {', '.join(there)}: say which one is to be evaluated")
+    raise ValueError(f"{name} has the splits {', '.join(there)}: say which one is to be evaluated, as {name}@SPLIT")
 
 
 def _folder(config: ConfigDict) -> str:

@@ -1,12 +1,12 @@
 """The training loop. One function, read from top to bottom; the same on one device and on many."""
 
 import contextlib
+import math
 import pathlib
 import sys
 from typing import Any
 
 import jax
-from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
@@ -22,15 +22,21 @@ from fastervit_jax.train.step import make_train_step
 
 def check(config: ConfigDict) -> None:
     """Raises ValueError for settings that cannot be, or that would have no effect."""
-    at_least = {"seed": 0, "warmup_epochs": 0, "batch_size": 1, "epochs": 1, "log_every_steps": 1,
-                "eval_every_epochs": 1, "checkpoint_every_epochs": 1, "keep_checkpoints": 1, "data.workers": 0,
-                "data.timeout": 1}
-    flat = flatten_dict(config.to_dict(), sep=".")
+    at_least = {"seed": 0, "warmup_epochs": 0, "epochs": 1, "log_every_steps": 1,
+                "eval_every_epochs": 1, "checkpoint_every_epochs": 1, "keep_checkpoints": 1}
     for name, least in at_least.items():
-        if flat[name] < least:
-            raise ValueError(f"config.{name}={flat[name]}: expected at least {least}")
-    if not 0 <= config.data.max_bad_fraction <= 1:
-        raise ValueError(f"config.data.max_bad_fraction={config.data.max_bad_fraction}: expected 0 to 1")
+        if config[name] < least:
+            raise ValueError(f"config.{name}={config[name]}: expected at least {least}")
+    for name in ("learning_rate", "warmup_learning_rate", "final_learning_rate", "weight_decay"):
+        if not 0 <= config[name] < math.inf:
+            raise ValueError(f"config.{name}={config[name]}: expected 0 or more")
+    if not config.clip_norm > 0:
+        raise ValueError(f"config.clip_norm={config.clip_norm}: expected more than 0; inf clips nothing")
+    if not 0 <= config.label_smoothing < 1:
+        raise ValueError(f"config.label_smoothing={config.label_smoothing}: expected 0 or more, less than 1")
+    if config.warmup_epochs > config.epochs:
+        raise ValueError(f"config.warmup_epochs={config.warmup_epochs}: expected at most config.epochs={config.epochs}")
+    loader.check(config)
     augment.check(config.augment, config.model.in_chans)
     augment.check_mix(config.augment, config.batch_size)
     if config.init_from_ema and not config.init_from:

@@ -28,16 +28,18 @@ def make_train_step(
     """A jitted (state, batch) → (state, metrics); the given state's memory is reused.
 
     The batch is split over the mesh; its loss, gradients and batch statistics are those of the whole
-    batch, whatever the number of devices. Images of weight 0 do not count, nor do those that are mixed with one.
-    Metrics are scalars on the devices; accuracy is that on the augmented images, for their own label.
+    batch, whatever the number of devices. Images of weight 0, and those that are mixed with one, do not count in the
+    loss (in the batch statistics they do). Metrics are scalars on the devices; accuracy is that on augmented images,
+    for their own label.
     """
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
-        augment_key, mix_key, dropout_key = jax.random.split(key, 3)
-        images = augment.augment(augment_key, batch["image"], config.augment, config.data.mean, config.data.std, mesh)
+        augment_key, dropout_key = jax.random.split(key)
         targets = losses.smooth_one_hot(batch["label"], model.config.num_classes, config.label_smoothing)
-        images, targets, weights = augment.mix(mix_key, images, targets, batch["weight"], config.augment)
+        images, targets, weights = augment.train_images(
+            augment_key, batch["image"], targets, batch["weight"], config.augment, config.data.mean, config.data.std,
+            mesh)
         counted = jnp.maximum(weights.sum(), 1)  # all but a few images that could not be read
 
         def loss_fn(params):

@@ -65,8 +65,7 @@ def _photographs(count: int) -> list[bytes]:
 def config(batch_size: int = 4, seed: int = 0, in_chans: int = 3, **data: Any) -> ConfigDict:
     """What the feed reads of a config, with 10 pixels a side; `data` changes its data section."""
     result = common.base()
-    result.data = common.data("folder", 10, mean=(0.5,), std=(0.5,))
-    common.crops(result.data, eval_crop=0.875, eval_mode="center")
+    result.data = common.data("folder", 10, mean=(0.5,), std=(0.5,), eval_crop=0.875)
     result.data.update({"timeout": 60.0, "max_bad_fraction": 1.0, **data})
     result.model = ConfigDict({"in_chans": in_chans})
     result.update(batch_size=batch_size, seed=seed)

@@ -36,7 +36,12 @@ def random_images(key, *shape):
 @functools.cache
 def jitted_augment(config, devices, mean, std):
     mesh, config = make_mesh(jax.devices()[:devices]), ConfigDict(dict(config))
-    return mesh, jax.jit(lambda key, images: augment.augment(key, images, config, mean, std, mesh))
+
+    def both(key, images):
+        augment_key, erase_key = jax.random.split(key)
+        return augment.erase(erase_key, augment.augment(augment_key, images, config, mean, std, mesh), config, mesh)
+
+    return mesh, jax.jit(both)
 
 
 def augmented(key, images, config, devices=1, mean=MEAN, std=STD):
@@ -368,3 +373,22 @@ def test_knobs_that_are_off_cost_nothing(key):
     program = jax.make_jaxpr(lambda key, x: augment.augment(key, x, settings(), MEAN, STD, mesh))(key, images)
     assert "random" not in str(program).replace("random_fold_in", "")
     assert "while" not in str(program)
+
+
+def test_mixed_images_are_erased_last(key):
+    """As timm does: noise is not mixed with anything, and an image has one box, not its partner's too."""
+    config = settings(mixup=0.8, mix_group=2, erase_prob=1.0, erase_mode="const", erase_area=(0.2, 0.3))
+    images = jnp.concatenate([jnp.full((32, 20, 20, 1), 50, jnp.uint8), jnp.full((32, 20, 20, 1), 200, jnp.uint8)])
+    images = images.reshape(2, 32, 20, 20, 1).swapaxes(0, 1).reshape(64, 20, 20, 1)  # 50, 200, 50, 200, ...
+    mesh = make_mesh(jax.devices()[:1])
+    args = (jnp.eye(64), jnp.ones(64), config, (0.0,), (1 / 255,), mesh)
+    result, targets, _ = jax.jit(lambda key, images: augment.train_images(key, images, *args))(key, images)
+    for i, (image, target) in enumerate(zip(np.asarray(result)[..., 0], np.asarray(targets), strict=True)):
+        kept, colours = target[i], (50, 200) if i % 2 == 0 else (200, 50)
+        mixed = kept * colours[0] + (1 - kept) * colours[1]
+        values = np.unique(image)
+        assert values[0] == 0
+        np.testing.assert_allclose(values[1:], mixed, atol=0.01)
+        box = image == 0
+        assert 0.15 < box.mean() < 0.35
+        assert box.any(0).sum() * box.any(1).sum() == box.sum()

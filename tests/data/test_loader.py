@@ -249,28 +249,28 @@ def test_settings_that_cannot_be():
 def memory(monkeypatch, size: int) -> None:
     """Shared memory of so many bytes."""
     assert size % 16 == 0
-    monkeypatch.setattr(os, "statvfs", lambda folder: types.SimpleNamespace(f_blocks=size // 16, f_frsize=16))
+    monkeypatch.setattr(os, "statvfs", lambda folder: types.SimpleNamespace(f_bavail=size // 16, f_frsize=16))
 
 
 def test_shared_memory_that_is_too_small(monkeypatch, tmp_path):
-    memory(monkeypatch, 12 * 2**20)
-    loader.check_shared_memory(3, 2**20, tmp_path)
+    memory(monkeypatch, 2 * 13 * 2**20)
+    loader.check_shared_memory(3, 2**20, 2, tmp_path)
     with pytest.raises(loader.FeedError, match=re.escape(
-            f"{tmp_path} has 0.01 GiB, but 3 workers with batches of 1 MiB take up to 0.01 GiB of it. Make it larger "
-            "(with docker run --shm-size), or lower config.data.workers or config.batch_size")):
-        loader.check_shared_memory(3, 2**20 + 1, tmp_path)
-    loader.check_shared_memory(0, 2**40, tmp_path)  # threads need none
-    loader.check_shared_memory(3, 2**40, tmp_path / "none")  # another system
+            f"{tmp_path} has room for 0.03 GiB, but 3 workers with batches of 1.0 MiB take up to 0.03 GiB of it. Make "
+            "/dev/shm larger (docker run --shm-size), or lower config.data.workers or config.batch_size")):
+        loader.check_shared_memory(3, 2**20 + 1, 2, tmp_path)
+    loader.check_shared_memory(0, 2**40, 2, tmp_path)  # threads need none
+    loader.check_shared_memory(3, 2**40, 2, tmp_path / "none")  # another system
 
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_shared_memory_is_checked_before_workers_start(monkeypatch, processes):
     """Each process's share of the batch counts."""
     monkeypatch.setattr(jax, "process_count", lambda: processes)
-    need = 4 * 2 * (16 * 10 * 10 * 3) // processes
+    need = 2 * 9 * (16 * 10 * 10 * 3) // processes  # for training and an evaluation
     memory(monkeypatch, need - 16)
     before = workers(os.getpid())
-    with pytest.raises(loader.FeedError, match="but 2 workers with batches of 0 MiB take up to"):
+    with pytest.raises(loader.FeedError, match=r"but 2 workers with batches of 0.0 MiB take up to"):
         train(files(4), config(16, workers=2))
     assert workers(os.getpid()) == before
     memory(monkeypatch, need)

@@ -65,7 +65,7 @@ def test_splits_mean_the_same_everywhere(make):
     ("split", "message"),
     [
         ("test", "split 'test' of .*: Unknown split 'test'.*; there are train, validation; expected one of these"),
-        ("val", "Unknown split 'val'"),
+        ("dev", "Unknown split 'dev'"),
         ("train[", r"Unrecognized split format: 'train\['"),
         ("train[:200%]", r"boundaries should be in \[-100, 100\]"),
         ("train[5:99999]", r"Requested slice \[5:99999\] incompatible with \d+ examples"),
@@ -229,7 +229,7 @@ def test_default_eval_split_is_not_guessed(tmp_path):
     for name in ("train/a/1.jpg", "holdout/a/1.jpg"):
         (tmp_path / name).parent.mkdir(parents=True)
         (tmp_path / name).touch()
-    with pytest.raises(ValueError, match="folder has the splits holdout, train: say which one is to be evaluated"):
+    with pytest.raises(ValueError, match=r"has the splits holdout, train: say which one is .* as folder@SPLIT"):
         sources.default_eval_split("folder", config("digits", str(tmp_path)))
 
 

@@ -94,6 +94,12 @@ def test_evaluation_of_a_run_refuses_another_image_size(whole):
     assert "give --datasets=NAME@SPLIT" in error
 
 
+def test_no_evaluation_starts_before_all_datasets_are_there(whole, tmp_path):
+    arguments = ("eval.py", f"--workdir={tmp_path / 'none'}", "--config=configs/imagenet.py", *runs.IMAGENET_FLAGS)
+    assert "no dataset 'imagnet_a' in" in run(*arguments, "--datasets=imagenet2012,imagnet_a", fails=True)
+    assert "config.batch_size=0: expected at least 1" in run(*arguments, "--config.batch_size=0", fails=True)
+
+
 def folder_config(root, damaged):
     """A folder of 16 training and 4 other images, the fourth of which is damaged or is left out."""
     for i, data in enumerate(images.jpegs(20)):

@@ -56,10 +56,10 @@ IMAGENET_KNOBS = {
 # These say what the loop and the feed do, not what the step computes; test_loop.py, tests/data and the names show them.
 ELSEWHERE = {
     "name", "data.source", "data.dir", "data.train_split", "data.eval_split", "data.workers", "data.timeout",
-    "data.max_bad_fraction", "log_every_steps", "eval_every_epochs", "checkpoint_every_epochs", "keep_checkpoints",
+    "data.max_bad_fraction", "data.crop_scale", "data.crop_ratio", "data.interpolation", "data.eval_crop",
+    "data.eval_mode", "log_every_steps", "eval_every_epochs", "checkpoint_every_epochs", "keep_checkpoints",
     "init_from", "init_from_ema",
 }  # fmt: skip
-IMAGENET_ELSEWHERE = {"data.crop_scale", "data.crop_ratio", "data.interpolation", "data.eval_crop", "data.eval_mode"}
 
 
 @pytest.fixture(scope="module")
@@ -73,9 +73,8 @@ def plain_imagenet():
 
 
 def test_every_knob_is_listed():
-    knobs = set(KNOBS) | set(IMAGENET_KNOBS) | ELSEWHERE
-    assert set(flatten_dict(runs.config().to_dict(), sep=".")) == knobs
-    assert set(flatten_dict(runs.imagenet_config().to_dict(), sep=".")) == knobs | IMAGENET_ELSEWHERE
+    for config in (runs.config(), runs.imagenet_config()):
+        assert set(flatten_dict(config.to_dict(), sep=".")) == set(KNOBS) | set(IMAGENET_KNOBS) | ELSEWHERE
 
 
 @pytest.mark.parametrize("knob", KNOBS)
@@ -175,6 +174,31 @@ def evaluated(monkeypatch):
     """What the eval step makes of given logits."""
     monkeypatch.setattr(FasterViT, "apply", lambda model, variables, images: variables["logits"])
     return evaluate_logits
+
+
+def test_the_loss_is_the_mean_of_the_images_that_count():
+    """Equal images have equal losses, and so any mean of them; with mixing, a bad image takes its partner with it."""
+    config = runs.config(**{"model.drop_path_rate": 0.0, "augment.zoom": 0.0, "augment.shift": 0.0,
+                            "augment.mixup": 0.8, "augment.mix_group": 4})
+    model = FasterViT(ModelConfig(**config.model))
+    optimizer, schedule = make_optimizer(config, steps_per_epoch=10)
+    train_step = make_train_step(model, optimizer, schedule, config, MESH)
+    image, label = sources.digits("train", 64)[0].values()
+    batch = {"image": np.stack([image] * 64), "label": np.full(64, label), "weight": np.ones(64, np.float32)}
+
+    def metrics(batch):
+        return jax.device_get(train_step(create_state(model, optimizer, config, MESH), jax.device_put(batch))[1])
+
+    whole = metrics(batch)
+    batch["weight"][[0, 21, 22]] = 0
+    part = metrics(batch)
+    for name in ("loss", "accuracy", "gradient_norm"):
+        np.testing.assert_allclose(part[name], whole[name], rtol=1e-4)
+    # The partner of 0 is 3: its label is another, and changes nothing. That of 7 counts.
+    batch["label"][[0, 3, 21, 22]] = 9
+    np.testing.assert_allclose(metrics(batch)["loss"], part["loss"], rtol=1e-6)
+    batch["label"][4] = 9
+    assert abs(metrics(batch)["loss"] / part["loss"] - 1) > 1e-4
 
 
 def evaluate_logits(logits, labels, weights, classes):
