@@ -208,8 +208,8 @@ def test_start_from_weights(whole, tmp_path):
     assert json.loads(evaluated[-1]) == {
         "name": "digits", "dataset": "digits", "split": "validation", "checkpoint": str(file), **whole[1]}
     process = command("eval.py", tmp_path / "none", f"--checkpoint={file}", "--config.model.window_size=(4,4,4,4)",
-                      "--config.model.do_propagation=True", "--config.model.num_classes=11")
-    message = ("is not for config.model: num_classes 10 in the file, 11 expected; do_propagation False in the file, "
+                      "--config.model.do_propagation=True", "--config.model.mlp_ratio=3.0")
+    message = ("is not for config.model: mlp_ratio 4.0 in the file, 3.0 expected; do_propagation False in the file, "
                "True expected; window_size (2, 2, 2, 2) in the file, (4, 4, 4, 4) expected")
     assert message in process.communicate()[1]
     assert process.returncode != 0
