@@ -1,11 +1,14 @@
 """A training run small enough for tests: digits, HAT blocks with carriers, seconds on a CPU."""
 
+import contextlib
 import json
 import pathlib
 
+import pytest
 from ml_collections import ConfigDict
 
 from configs import digits, imagenet
+from fastervit_jax.train import loop
 from tests.data import mini
 
 CHANGES = {
@@ -34,6 +37,31 @@ def imagenet_config(**changes) -> ConfigDict:
     config = imagenet.get_config()
     config.update_from_flattened_dict({**IMAGENET_CHANGES, **changes})
     return config
+
+
+class Stopped(Exception):
+    """Raised in the middle of a run by `stopping`."""
+
+
+@contextlib.contextmanager
+def stopping(monkeypatch, after: int):
+    """Training that is started within ends with Stopped after so many steps."""
+    make_train_step = loop.make_train_step
+
+    def make_stopping_step(*args):
+        train_step = make_train_step(*args)
+
+        def step(state, batch):
+            if int(state.step) == after:
+                raise Stopped
+            return train_step(state, batch)
+
+        return step
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "make_train_step", make_stopping_step)
+        with pytest.raises(Stopped):
+            yield
 
 
 def lines(workdir: pathlib.Path) -> list[dict]:

@@ -15,7 +15,7 @@ from fastervit_jax.data import loader, randaugment, sources
 from fastervit_jax.train import loop, sharding
 from tests.data import images
 from tests.train import runs
-from tests.train.test_loop import ROOT, Stopped
+from tests.train.test_loop import ROOT
 
 DATASETS = {"imagenet2012": 8, "imagenet_v2": 5, "imagenet_a": 4, "imagenet_r": 4, "imagenet_sketch": 4,
             "imagenet2012_real": 4}  # images that count; one of ReaL's five has no label
@@ -42,22 +42,8 @@ def test_it_trains(whole):
 
 
 def test_it_goes_on_with_other_workers(whole, tmp_path, monkeypatch):
-    make_train_step = loop.make_train_step
-
-    def make_stopping_step(*args):
-        train_step = make_train_step(*args)
-
-        def step(state, batch):
-            if int(state.step) == 4:
-                raise Stopped
-            return train_step(state, batch)
-
-        return step
-
-    with monkeypatch.context() as patch:
-        patch.setattr(loop, "make_train_step", make_stopping_step)
-        with pytest.raises(Stopped):
-            train(runs.imagenet_config(**{"data.workers": 1}), tmp_path)
+    with runs.stopping(monkeypatch, after=4):
+        train(runs.imagenet_config(**{"data.workers": 1}), tmp_path)
     assert train(runs.imagenet_config(), tmp_path) == whole[1]
     assert runs.lines(tmp_path) == runs.lines(whole[0])
 

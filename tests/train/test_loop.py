@@ -57,28 +57,10 @@ def test_eight_devices_give_the_same_curve(whole, tmp_path):
     assert result["acc1"] == pytest.approx(whole[1]["acc1"], abs=0.3)  # one image
 
 
-class Stopped(Exception):
-    pass
-
-
 @pytest.mark.parametrize("stop", [3, 33])  # before the first checkpoint, and between two
 def test_stopped_anywhere_it_ends_the_same(stop, whole, tmp_path, monkeypatch):
-    make_train_step = loop.make_train_step
-
-    def make_stopping_step(*args):
-        train_step = make_train_step(*args)
-
-        def step(state, batch):
-            if int(state.step) == stop:
-                raise Stopped
-            return train_step(state, batch)
-
-        return step
-
-    with monkeypatch.context() as patch:
-        patch.setattr(loop, "make_train_step", make_stopping_step)
-        with pytest.raises(Stopped):
-            loop.train(runs.config(), tmp_path)
+    with runs.stopping(monkeypatch, after=stop):
+        loop.train(runs.config(), tmp_path)
     assert loop.train(runs.config(), tmp_path) == whole[1]
     assert runs.lines(tmp_path) == runs.lines(whole[0])
     # And once more: nothing is left to do.
