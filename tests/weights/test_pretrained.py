@@ -6,6 +6,7 @@ import itertools
 import json
 import logging
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -414,11 +415,13 @@ def test_damaged_folder(model, variables, tmp_path):
     fv.save_pretrained(model, variables, tmp_path / "whole")
     shutil.copytree(tmp_path / "whole", tmp_path / "a")
     (tmp_path / "a" / "config.json").write_text("[" * 100_000)
-    shutil.copytree(tmp_path / "whole", tmp_path / "b")
-    (tmp_path / "b" / "variables" / "manifest.ocdbt").unlink()
-    for folder in ("a", "b"):
-        with pytest.raises(WeightsError, match=rf"/{folder}: config\.json or variables/ is damaged"):
-            fv.from_pretrained(tmp_path / folder)
+    with pytest.raises(WeightsError, match=r"/a: config\.json or variables/ is damaged"):
+        fv.from_pretrained(tmp_path / "a")
+    # In a process of its own: the reads that orbax leaves behind complain in their threads that its event loop is gone.
+    (tmp_path / "whole" / "variables" / "manifest.ocdbt").unlink()
+    done = convert(tmp_path / "whole", tmp_path / "b.safetensors")
+    assert done.returncode != 0
+    assert re.search(r"WeightsError: .*/whole: config\.json or variables/ is damaged", done.stderr)
 
 
 def test_foreign_folder(tmp_path):
