@@ -66,13 +66,40 @@ def augment(**changes) -> ConfigDict:
 
 
 def base() -> ConfigDict:
-    """The knobs that do not depend on the task."""
+    """What does not depend on the task: everything else that a recipe can say, at its plainest."""
     config = ConfigDict()
     config.seed = 0
     config.init_from = ""  # a file or folder of weights, or a registered name, to start from; "": random numbers
     config.init_from_ema = False  # its averaged weights
+
+    config.optimizer = "adamw"  # or lamb
+    config.beta1 = 0.9
+    config.beta2 = 0.999
+    config.eps = 1e-8
+    config.clip_norm = 5.0
+    config.learning_rate_batch = 0  # the batch that learning rates are for, scaled linearly to another; 0: as they are
+    config.cooldown_epochs = 0  # after config.epochs, at the final learning rate
+    config.layer_decay = 1.0  # factor of the learning rate from one block to the one before
+    config.loss = "cross_entropy"  # or binary_cross_entropy
+    config.label_smoothing = 0.1
+    config.ema_decay = 0.0  # of averaged parameters and batch statistics; 0: none
+    config.mesa = 0.0  # weight of the loss against the averaged model's prediction
+    config.mesa_start_ratio = 0.25  # of the run
+
+    config.accumulate = 1  # parts of a batch, computed one after the other
+    config.remat = (False, False, False, False)  # stages that are computed again in the backward pass, to save memory
+    config.bn_group_size = 0  # images that share batch statistics; 0: the batch, or its part
+    config.mesh = ConfigDict()
+    config.mesh.data = -1  # devices along the axis over which only the batch is split; -1: all that are left
+    config.mesh.fsdp = 1  # and over which parameters, optimiser state and averages are split, too
+
     config.log_every_steps = 50
     config.eval_every_epochs = 1
     config.checkpoint_every_epochs = 1
-    config.keep_checkpoints = 3
+    config.keep_checkpoints = 3  # the newest ones
+    config.keep_best = True  # and the one of the best evaluation, with its weights in best.safetensors
+    config.max_bad_steps = 10  # updates in a row skipped for a loss or gradient that is not finite; more end the run
+    config.stuck_after = 1800.0  # seconds without a step that end the run, with all stacks
+    config.profile = ""  # FIRST:LAST, steps to write a JAX profile of
+    config.wandb = ""  # a project of Weights & Biases to tell the figures to, too
     return config

@@ -29,8 +29,6 @@ def get_config() -> ConfigDict:
     config.final_learning_rate = 1e-5
     config.warmup_epochs = 3
     config.weight_decay = 0.05
-    config.clip_norm = 5.0
-    config.label_smoothing = 0.1
     config.log_every_steps = 11
     config.eval_every_epochs = 5
     return config.lock()

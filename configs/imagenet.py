@@ -39,6 +39,4 @@ def get_config(name: str = "faster_vit_0_224") -> ConfigDict:
     config.final_learning_rate = 5e-6
     config.warmup_epochs = 35 if number == "3" else 20
     config.weight_decay = WEIGHT_DECAY.get(number, 0.05)
-    config.clip_norm = 5.0
-    config.label_smoothing = 0.1
     return config.lock()
