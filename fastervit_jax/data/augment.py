@@ -91,7 +91,7 @@ def augment(
 
     Args:
         key: one for each step.
-        images: 0..255, split over the mesh's axis `data`.
+        images: 0..255, split over all axes of the mesh.
         config: `flip`, `zoom`, `shift`, `color_jitter` and `rand_augment_*`, as in configs/common.py; what is 0 there
             is not done, and costs nothing.
         mean, std: of each channel, for pixels 0..1.
@@ -125,11 +125,11 @@ def _on_each_device(
     """function(keys, images) on each device's part of the batch, with a key an image by its place in the batch."""
 
     def on_one_device(key, images):
-        first = jax.lax.axis_index("data") * len(images)
+        first = jax.lax.axis_index(mesh.axis_names) * len(images)
         keys = jax.vmap(jax.random.fold_in, (None, 0))(key, first + jnp.arange(len(images)))
         return function(keys, images)
 
-    over_batch = PartitionSpec("data")
+    over_batch = PartitionSpec(mesh.axis_names)
     return jax.shard_map(on_one_device, mesh=mesh, in_specs=(PartitionSpec(), over_batch), out_specs=over_batch)(
         key, images)
 

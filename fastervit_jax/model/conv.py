@@ -50,38 +50,46 @@ class BatchNorm(nn.Module):
 
     In training the batch's statistics normalise and running = 0.9 running + 0.1 batch, where the
     running variance takes the unbiased estimate (flax.linen.BatchNorm takes the biased one). On a
-    sharded batch they are the statistics of the global batch. All of it is float32; the result has `dtype`.
+    sharded batch they are the statistics of the global batch; with `group_size`, those of each so many images that
+    follow each other, and the running ones take the groups' mean. All of it is float32; the result has `dtype`.
     """
 
     epsilon: float
     dtype: Any
+    group_size: int = 0
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"], train: bool) -> Float[Array, "b h w c"]:
-        width = x.shape[-1]
+        batch, height, wide, width = x.shape
         scale = self.param("scale", nn.initializers.ones, (width,), jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, (width,), jnp.float32)
         running_mean = self.variable("batch_stats", "mean", jnp.zeros, (width,), jnp.float32)
         running_var = self.variable("batch_stats", "var", jnp.ones, (width,), jnp.float32)
-        x = x.astype(jnp.float32)
-        mean, var = running_mean.value, running_var.value
+        groups = 1
+        if train and self.group_size:
+            if batch % self.group_size:
+                raise ValueError(f"bn_group_size={self.group_size}: expected a divisor of the batch of {batch} images, "
+                                 "or 0 for the whole batch")
+            groups = batch // self.group_size
+        x = x.astype(jnp.float32).reshape(groups, batch // groups, height, wide, width)
+        mean, var = running_mean.value[None], running_var.value[None]
         if train:
-            count = x.size // width
+            count = x.size // width // groups
             if count < 2:
-                raise ValueError(f"batch norm got one value a channel, shape {x.shape}: training needs at least two; "
-                                 "use a larger batch or larger images")
+                raise ValueError(f"batch norm got one value a channel, shape {x.shape[1:]}: training needs at least "
+                                 "two; use a larger batch or larger images")
             # One pass over x: with a pivot near the mean, E[d²] - E[d]² does not cancel.
             pivot = mean
-            d = x - pivot[None, None, None]
-            d_mean = d.mean((0, 1, 2))
+            d = x - pivot[:, None, None, None]
+            d_mean = d.mean((1, 2, 3))
             mean = pivot + d_mean
-            var = jnp.maximum((d * d).mean((0, 1, 2)) - d_mean * d_mean, 0.0)
+            var = jnp.maximum((d * d).mean((1, 2, 3)) - d_mean * d_mean, 0.0)
             if not self.is_initializing():
-                running_mean.value = 0.9 * running_mean.value + 0.1 * mean
-                running_var.value = 0.9 * running_var.value + 0.1 * var * (count / (count - 1))
-        gain = scale * jax.lax.rsqrt(var + self.epsilon)
-        y = (x - mean[None, None, None]) * gain[None, None, None] + bias[None, None, None]
-        return y.astype(self.dtype)
+                running_mean.value = 0.9 * running_mean.value + 0.1 * mean.mean(0)
+                running_var.value = 0.9 * running_var.value + 0.1 * var.mean(0) * (count / (count - 1))
+        gain = scale[None] * jax.lax.rsqrt(var + self.epsilon)
+        y = (x - mean[:, None, None, None]) * gain[:, None, None, None] + bias[None, None, None, None]
+        return y.astype(self.dtype).reshape(batch, height, wide, width)
 
 
 class Stem(nn.Module):
@@ -90,13 +98,14 @@ class Stem(nn.Module):
     in_dim: int
     dim: int
     dtype: Any
+    bn_group_size: int = 0
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w i"], train: bool) -> Float[Array, "b (h+3)//4 (w+3)//4 c"]:
         x = Conv3x3(self.in_dim, self.dtype, stride=2, use_bias=False, name="conv1")(x)
-        x = nn.relu(BatchNorm(1e-4, self.dtype, name="norm1")(x, train))
+        x = nn.relu(BatchNorm(1e-4, self.dtype, self.bn_group_size, name="norm1")(x, train))
         x = Conv3x3(self.dim, self.dtype, stride=2, use_bias=False, name="conv2")(x)
-        return nn.relu(BatchNorm(1e-4, self.dtype, name="norm2")(x, train))
+        return nn.relu(BatchNorm(1e-4, self.dtype, self.bn_group_size, name="norm2")(x, train))
 
 
 class ConvBlock(nn.Module):
@@ -106,29 +115,33 @@ class ConvBlock(nn.Module):
     layer_scale: float | None
     drop_path_rate: float
     dtype: Any
+    bn_group_size: int = 0
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"], train: bool) -> Float[Array, "b h w c"]:
         y = Conv3x3(self.width, self.dtype, name="conv1")(x, train)
-        y = nn.gelu(BatchNorm(1e-5, self.dtype, name="norm1")(y, train), approximate=False)
+        y = nn.gelu(BatchNorm(1e-5, self.dtype, self.bn_group_size, name="norm1")(y, train), approximate=False)
         y = Conv3x3(self.width, self.dtype, name="conv2")(y, train)
-        y = BatchNorm(1e-5, self.dtype, name="norm2")(y, train)
+        y = BatchNorm(1e-5, self.dtype, self.bn_group_size, name="norm2")(y, train)
         gamma = layer_scale(self, "gamma", self.layer_scale, self.width)
         return x + drop_path(self.drop_path_rate, 1, train, scaled(y, gamma))
 
 
 class ConvStage(nn.Module):
-    """Residual conv blocks, one for each drop-path rate."""
+    """Residual conv blocks, one for each drop-path rate. `remat`: they are computed again in the backward pass."""
 
     width: int
     layer_scale: float | None
     drop_path_rates: tuple[float, ...]
     dtype: Any
+    bn_group_size: int = 0
+    remat: bool = False
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"], train: bool) -> Float[Array, "b h w c"]:
+        block = nn.remat(ConvBlock, static_argnums=(2,)) if self.remat else ConvBlock
         for i, rate in enumerate(self.drop_path_rates):
-            x = ConvBlock(self.width, self.layer_scale, rate, self.dtype, name=f"blocks_{i}")(x, train)
+            x = block(self.width, self.layer_scale, rate, self.dtype, self.bn_group_size, name=f"blocks_{i}")(x, train)
         return x
 
 

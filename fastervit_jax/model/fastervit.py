@@ -35,25 +35,34 @@ class FasterViT(nn.Module):
     `init` makes all parameters whatever the image; the output of `init_with_output` differs from `apply`'s
     where a stage has `hat` set and a single window.
 
+    Two fields change how training computes the function, not which one it is. `remat`: for each stage, whether its
+    blocks are computed again in the backward pass, to save memory. `bn_group_size`: the images, following each other,
+    that batch norms take their statistics over; 0 for the whole batch, which on a sharded batch is that of all devices.
+
     Raises ValueError for images of the wrong rank, channel count or size, TypeError for images that
     are not floating point.
     """
 
     config: ModelConfig
+    remat: tuple[bool, bool, bool, bool] = (False, False, False, False)
+    bn_group_size: int = 0
 
     def setup(self):
         c = self.config
         rates = np.linspace(0.0, c.drop_path_rate, sum(c.depths)).tolist()
         rates = [tuple(rates[sum(c.depths[:i]) : sum(c.depths[: i + 1])]) for i in range(4)]
-        self.stem = Stem(c.in_dim, c.dim, c.dtype)
+        self.stem = Stem(c.in_dim, c.dim, c.dtype, self.bn_group_size)
         self.stages = [
-            *(ConvStage(c.widths[i], c.layer_scale_conv, rates[i], c.dtype) for i in (0, 1)),
+            *(
+                ConvStage(c.widths[i], c.layer_scale_conv, rates[i], c.dtype, self.bn_group_size, self.remat[i])
+                for i in (0, 1)
+            ),
             *(
                 HATStage(
                     width=c.widths[i], heads=c.num_heads[i], window=c.window_size[i], ct_size=c.ct_size,
                     mlp_ratio=c.mlp_ratio, qkv_bias=c.qkv_bias, layer_scale=c.layer_scale, hat=c.hat[i],
                     do_propagation=c.do_propagation, drop_path_rates=rates[i], drop_rate=c.drop_rate,
-                    attn_drop_rate=c.attn_drop_rate, dtype=c.dtype,
+                    attn_drop_rate=c.attn_drop_rate, dtype=c.dtype, remat=self.remat[i],
                 )
                 for i in (2, 3)
             ),
@@ -62,7 +71,7 @@ class FasterViT(nn.Module):
         if c.layer_norm_last:
             self.norm = layer_norm(1e-6, dtype=jnp.float32)
         else:
-            self.norm = BatchNorm(1e-5, jnp.float32)
+            self.norm = BatchNorm(1e-5, jnp.float32, self.bn_group_size)
         if c.num_classes:
             self.head = dense(c.num_classes, dtype=jnp.float32)
 

@@ -152,6 +152,7 @@ class HATStage(nn.Module):
     With `hat`, the windows have carrier tokens wherever the map has more than one window. Their
     parameters exist in any case: initialising runs the carrier branch on a single window too, so
     that the parameters do not depend on the size of the image that initialised them.
+    `remat`: the blocks are computed again in the backward pass.
     """
 
     width: int
@@ -167,6 +168,7 @@ class HATStage(nn.Module):
     drop_rate: float
     attn_drop_rate: float
     dtype: Any
+    remat: bool = False
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"], train: bool) -> Float[Array, "b h w c"]:
@@ -179,9 +181,10 @@ class HATStage(nn.Module):
             init = CarrierInit(self.width, self.window, self.ct_size, self.dtype, name="carrier_init")
             carriers = init(x)
         x = partition(x, self.window)
+        block = nn.remat(HATBlock, static_argnums=(3, 4, 5)) if self.remat else HATBlock
         for i, rate in enumerate(self.drop_path_rates):
             last = i == len(self.drop_path_rates) - 1
-            x, carriers = HATBlock(
+            x, carriers = block(
                 width=self.width, heads=self.heads, window=self.window, ct_size=self.ct_size,
                 mlp_ratio=self.mlp_ratio, qkv_bias=self.qkv_bias, layer_scale=self.layer_scale,
                 propagate=self.do_propagation and last, drop_path_rate=rate, drop_rate=self.drop_rate,
