@@ -1,10 +1,58 @@
 """What all recipes share."""
 
 import dataclasses
+import difflib
+from collections.abc import Sequence
 
+from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict, config_dict
 
-from fastervit_jax.model.variants import ModelConfig, get_variant
+from fastervit_jax.model.variants import ModelConfig, Variant, get_variant
+
+# What smoke(config) sets: digits in colour, and a net that a CPU trains in seconds. Images of 64 pixels make stage 2 a
+# 4×4 map of 2×2 windows, so that a variant with carrier tokens keeps them.
+SMOKE = {
+    "data.source": "digits", "data.dir": "", "data.train_split": "train", "data.eval_split": "validation",
+    "data.image_size": 64, "model.num_classes": 10, "model.dim": 16, "model.in_dim": 8, "model.depths": (1, 1, 2, 1),
+    "model.window_size": (2, 2, 2, 2), "model.ct_size": 1, "batch_size": 64,
+}  # fmt: skip
+# What it lowers to this where it is more; what is off stays off. Averages follow a run of some 90 steps, and scaling to
+# the smaller batch leaves a learning rate that still does something.
+SMOKE_AT_MOST = {
+    "epochs": 3, "warmup_epochs": 1, "cooldown_epochs": 1, "learning_rate_batch": 256, "ema_decay": 0.9,
+    "bn_group_size": 16, "augment.mix_group": 16, "data.workers": 1, "log_every_steps": 11, "eval_every_epochs": 2,
+}  # fmt: skip
+
+
+def arguments(text: str, names: Sequence[str], default: str) -> tuple[str, bool]:
+    """What follows the colon in --config=FILE:TEXT: one of `names`, by default `default`, and whether to run small.
+
+    TEXT is NAME, smoke, NAME,smoke or nothing. Raises ValueError, with the nearest names, for anything else.
+    """
+    words = [word.strip() for word in text.split(",")] if text else []
+    expected = "expected NAME, smoke, or NAME,smoke" if names else "expected smoke, or nothing"
+    unknown = []
+    for word in words:
+        if word not in (*names, "smoke"):
+            near = difflib.get_close_matches(word, [*names, "smoke"], n=3)
+            unknown.append(f"{word!r} (did you mean {' or '.join(near)}?)" if near else f"{word!r}")
+    if unknown:
+        known = f"; NAME is one of {', '.join(names)}" if names else ""
+        raise ValueError(f"unknown argument of the config: {', '.join(unknown)}; {expected}{known}")
+    chosen = [word for word in words if word != "smoke"]
+    if len(chosen) > 1 or words.count("smoke") > 1:
+        raise ValueError(f"too many arguments of the config in {text!r}: {expected}")
+    return chosen[0] if chosen else default, "smoke" in words
+
+
+def smoke(config: ConfigDict) -> None:
+    """Make any recipe run small: its own optimiser, loss, schedule and augmentation, a minute on a CPU, no download.
+
+    The changes are those of SMOKE and SMOKE_AT_MOST, and a name of its own.
+    """
+    given = flatten_dict(config.to_dict(), sep=".")
+    lowered = {key: min(given[key], most) for key, most in SMOKE_AT_MOST.items()}
+    config.update_from_flattened_dict({**SMOKE, **lowered, "name": f"{config.name}_smoke"})
 
 
 def model(name: str, **changes) -> ConfigDict:
@@ -39,6 +87,12 @@ def data(
     config.eval_crop = eval_crop  # the part of the short side, in mode center, or of both, in squash, that is seen
     config.eval_mode = eval_mode
     return config
+
+
+def photographs(source: str, variant: Variant) -> ConfigDict:
+    """The data section for colour images, cut and normalised as those of ImageNet that the variant was trained on."""
+    return data(source, variant.resolution, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225),
+                eval_crop=variant.crop_pct, eval_mode=variant.crop_mode)
 
 
 def augment(**changes) -> ConfigDict:

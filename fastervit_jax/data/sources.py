@@ -65,8 +65,9 @@ class ArraySource:
         return f"{self.name}, image {index}"
 
 
-def digits(split: str, image_size: int) -> ArraySource:
-    """The 1,797 handwritten digits that come with scikit-learn, 8×8 grey scans, enlarged to image_size.
+def digits(split: str, image_size: int, channels: int = 1) -> ArraySource:
+    """The 1,797 handwritten digits that come with scikit-learn, 8×8 grey scans, enlarged to image_size. The
+    channels are all the same.
 
     Of each class every fifth scan, in the order of the file, is for validation: 1,442 train, 355 validate. Raises
     ValueError for another split, see `splits.intervals`.
@@ -81,8 +82,8 @@ def digits(split: str, image_size: int) -> ArraySource:
     zoom = image_size / 8
     images = scipy.ndimage.zoom(data.images[chosen] * (255 / 16), (1, zoom, zoom), order=1, mode="nearest",
                                 grid_mode=True)
-    return ArraySource(np.rint(images).astype(np.uint8)[..., None], data.target[chosen].astype(np.int32), 10,
-                       f"digits {split}", tuple("0123456789"))
+    images = np.repeat(np.rint(images).astype(np.uint8)[..., None], channels, axis=-1)
+    return ArraySource(images, data.target[chosen].astype(np.int32), 10, f"digits {split}", tuple("0123456789"))
 
 
 def make_source(config: ConfigDict, split: str, name: str | None = None) -> Source:
@@ -97,18 +98,18 @@ def make_source(config: ConfigDict, split: str, name: str | None = None) -> Sour
     channels and classes are not the source's; OSError if the system allows too few open files.
     """
     name = name or config.data.source
+    if config.model.in_chans not in (1, 3):
+        raise ValueError(f"config.model.in_chans={config.model.in_chans}: images of {name} have 1 channel (grey) or 3 "
+                         "(RGB); give --config.model.in_chans=3")
     if name == "digits":
-        source = digits(split, config.data.image_size)
+        source = digits(split, config.data.image_size, config.model.in_chans)
     elif name == "folder":
         source = folders.open_split(split, _folder(config))
     else:
         source = records.open_split(name, split, config.data.dir)
-    if isinstance(source, ArraySource):
-        _check_model(config, "in_chans", name, source.images.shape[-1])
-    elif config.model.in_chans not in (1, 3):
-        raise ValueError(f"config.model.in_chans={config.model.in_chans}: {name} has image files, which are decoded to "
-                         "1 channel (grey) or 3 (RGB); give --config.model.in_chans=3")
-    _check_model(config, "num_classes", name, source.num_classes)
+    if config.model.num_classes != source.num_classes:
+        raise ValueError(f"config.model.num_classes={config.model.num_classes}: {name} has {source.num_classes}; give "
+                         f"--config.model.num_classes={source.num_classes}")
     return source
 
 
@@ -136,9 +137,3 @@ def _folder(config: ConfigDict) -> str:
     if not config.data.dir:
         raise ValueError("config.data.source='folder' needs the folder of the images: give --config.data.dir=FOLDER")
     return os.path.abspath(os.path.expanduser(config.data.dir))
-
-
-def _check_model(config: ConfigDict, knob: str, name: str, expected: int) -> None:
-    if config.model[knob] != expected:
-        raise ValueError(f"config.model.{knob}={config.model[knob]}: {name} has {expected}; give "
-                         f"--config.model.{knob}={expected}")

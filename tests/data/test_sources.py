@@ -126,6 +126,12 @@ def test_digits_are_enlarged():
     np.testing.assert_array_equal(large.labels, small.labels)
 
 
+def test_digits_in_colour():
+    grey, colour = (sources.make_source(config("digits", "", channels, 10), "train") for channels in (1, 3))
+    assert colour.images.shape == (1442, 16, 16, 3)
+    np.testing.assert_array_equal(colour.images, np.concatenate([grey.images] * 3, axis=-1))
+
+
 def test_digits_record():
     source = sources.digits("validation[5:9]", 16)
     whole = sources.digits("validation", 16)
@@ -192,12 +198,12 @@ def test_folder_knob():
 @pytest.mark.parametrize(
     ("name", "in_chans", "num_classes", "message"),
     [
-        ("digits", 3, 10, r"config.model.in_chans=3: digits has 1; give --config.model.in_chans=1"),
+        ("digits", 2, 10, r"config.model.in_chans=2: images of digits have 1 channel"),
         ("digits", 1, 5, r"config.model.num_classes=5: digits has 10; give --config.model.num_classes=10"),
         ("folder", 3, 1000, "num_classes=1000: folder has 2"),
-        ("folder", 4, 2, r"config.model.in_chans=4: folder has image files, which are decoded to 1 channel"),
+        ("folder", 4, 2, r"config.model.in_chans=4: images of folder have 1 channel \(grey\) or 3 \(RGB\); give"),
         ("imagenet_v2", 3, 200, "num_classes=200: imagenet_v2 has 1000"),
-        ("imagenet_v2", 2, 1000, "in_chans=2: imagenet_v2 has image files"),
+        ("imagenet_v2", 2, 1000, "in_chans=2: images of imagenet_v2 have 1 channel"),
     ],
 )
 def test_model_must_fit(folder, name, in_chans, num_classes, message):
