@@ -26,6 +26,7 @@ def make_eval_step(model: FasterViT, config: ConfigDict, mesh: jax.sharding.Mesh
     """
 
     def eval_step(variables: dict[str, Any], batch: Batch, classes: Bool[Array, "k"]) -> Metrics:
+        variables = jax.lax.with_sharding_constraint(variables, replicated(mesh))  # gathered where they are split
         logits = model.apply(variables, augment.normalise(batch["image"], config.data.mean, config.data.std))
         logits = jnp.where(classes[None], logits, jnp.finfo(logits.dtype).min)
         labels, counts = batch["label"], batch["weight"] > 0
@@ -43,7 +44,7 @@ def make_eval_step(model: FasterViT, config: ConfigDict, mesh: jax.sharding.Mesh
         # where, not a product: what fills the batch up must not count even if it is NaN.
         return {name: jnp.where(counts, x, 0).sum() for name, x in scores.items()}
 
-    in_shardings = (replicated(mesh), over_batch(mesh), replicated(mesh))
+    in_shardings = (None, over_batch(mesh), replicated(mesh))  # variables as they lie
     return jax.jit(eval_step, in_shardings=in_shardings, out_shardings=replicated(mesh))
 
 

@@ -10,23 +10,34 @@ from ml_collections import ConfigDict
 
 from fastervit_jax.model.fastervit import FasterViT
 from fastervit_jax.model.variants import ModelConfig
-from fastervit_jax.train.sharding import replicated
+from fastervit_jax.train.sharding import shardings
 from fastervit_jax.weights import pretrained, sources
 from fastervit_jax.weights.torch_file import WeightsError
 
 
 @flax.struct.dataclass
 class TrainState:
-    """`step`, an int32 scalar, counts updates; it and the seed determine all randomness, so no key is carried."""
+    """`step`, an int32 scalar, counts batches; it and the seed determine all randomness, so no key is carried.
+
+    `ema` holds averaged parameters and batch statistics, or is None; `bad_steps`, an int32 scalar, counts the updates in
+    a row, up to this one, that were skipped.
+    """
 
     step: Any
     params: Any
     batch_stats: Any
     opt_state: optax.OptState
+    ema: dict[str, Any] | None
+    bad_steps: Any
 
     @property
     def variables(self) -> dict[str, Any]:
         return {"params": self.params, "batch_stats": self.batch_stats}
+
+    def starting_from(self, variables: dict[str, Any]) -> "TrainState":
+        """The state with these parameters and batch statistics, and the average begun at them."""
+        ema = self.ema and jax.tree.map(jnp.copy, variables)
+        return self.replace(**variables, ema=ema)
 
 
 def init_variables(model: FasterViT, config: ConfigDict) -> dict[str, Any]:
@@ -35,17 +46,28 @@ def init_variables(model: FasterViT, config: ConfigDict) -> dict[str, Any]:
     return model.init(jax.random.key(config.seed), jnp.zeros((1, size, size, model.config.in_chans)))
 
 
+def _create(model: FasterViT, optimizer: optax.GradientTransformation, config: ConfigDict) -> TrainState:
+    variables = init_variables(model, config)
+    return TrainState(
+        step=jnp.int32(0), **variables, opt_state=optimizer.init(variables["params"]),
+        ema=variables if config.ema_decay else None, bad_steps=jnp.int32(0))
+
+
+def abstract_state(
+    model: FasterViT, optimizer: optax.GradientTransformation, config: ConfigDict, mesh: jax.sharding.Mesh
+) -> TrainState:
+    """Shapes and dtypes of the state, and how it lies on the devices of `mesh` (see `sharding.shardings`)."""
+    shapes = jax.eval_shape(lambda: _create(model, optimizer, config))
+    return jax.tree.map(
+        lambda x, lying: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=lying), shapes, shardings(shapes, mesh))
+
+
 def create_state(
     model: FasterViT, optimizer: optax.GradientTransformation, config: ConfigDict, mesh: jax.sharding.Mesh
 ) -> TrainState:
     """The state at step 0 on the devices of `mesh`."""
-
-    def create():
-        variables = init_variables(model, config)
-        params = variables["params"]
-        return TrainState(jnp.int32(0), params, variables["batch_stats"], optimizer.init(params))
-
-    return jax.jit(create, out_shardings=replicated(mesh))()
+    lying = jax.tree.map(lambda x: x.sharding, abstract_state(model, optimizer, config, mesh))
+    return jax.jit(lambda: _create(model, optimizer, config), out_shardings=lying)()
 
 
 def load_weights(
@@ -65,4 +87,4 @@ def load_weights(
                            "it was trained as, with --config.model.FIELD=VALUE")
     opened.warnings += other
     return pretrained.load_variables(
-        opened, model, seed=config.seed, put=lambda x: jax.device_put(x, replicated(mesh)))
+        opened, model, seed=config.seed, put=lambda x: jax.device_put(x, shardings(x, mesh)))
