@@ -99,7 +99,7 @@ class MetricWriter(contextlib.AbstractContextManager):
         self.metrics, self.speed = map(_Appended, paths)
         self.board = _events(workdir / "tensorboard", first_step)
 
-    def write(self, step: int, prefix: str, figures: dict[str, float | list[str]]) -> None:
+    def write(self, step: int, prefix: str, figures: dict[str, float | int | list[str]]) -> None:
         """One line of metrics.jsonl. Lists of texts go nowhere else."""
         if self.enabled:
             self._write(self.metrics, step, prefix, figures)
@@ -109,7 +109,7 @@ class MetricWriter(contextlib.AbstractContextManager):
         if self.enabled and figures:
             self._write(self.speed, step, "speed", figures)
 
-    def _write(self, file: "_Appended", step: int, prefix: str, figures: dict[str, float | list[str]]) -> None:
+    def _write(self, file: "_Appended", step: int, prefix: str, figures: dict[str, float | int | list[str]]) -> None:
         named = {f"{prefix}/{name}": value for name, value in figures.items()}
         file.write((json.dumps({"step": step, **named}) + "\n").encode())
         scalars = {name: value for name, value in named.items() if not isinstance(value, list)}
