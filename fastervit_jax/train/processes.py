@@ -65,6 +65,8 @@ def started(
                 "mpirun, on a Cloud TPU pod, or in a Job of Kubernetes with the package kubernetes; elsewhere give "
                 "--coordinator=HOST:PORT --processes=N --process=I instead") from error
     elif coordinator is not None:
+        # JAX aborts, and does not say for what, if the others do not come.
+        print(f"process {process} of {processes}: joining the others at {coordinator}", file=sys.stderr, flush=True)
         jax.distributed.initialize(
             coordinator, processes, process, cluster_detection_method="deactivate",
             heartbeat_timeout_seconds=heartbeat,
