@@ -110,18 +110,23 @@ def test_only_a_wait_that_holds_the_devices_up_counts():
 
 def test_apart_and_figures_wait_for_steps_under_way():
     clock, meter = make([device()])
+
+    def dispatch(end):
+        results = Results(clock)
+        meter.stepped(results)
+        timer = threading.Timer(0.05, results.finish, kwargs={"at": end})
+        timer.start()
+        return timer
+
     with meter:
-        results = [Results(clock) for _ in range(2)]
-        for i, wait in enumerate((meter.apart, lambda: meter.figures(2))):
-            meter.stepped(results[i])
-            timer = threading.Timer(0.05, results[i].finish, kwargs={"at": 4.0 * (i + 1)})
-            timer.start()
-            waited = wait()
-            if i == 0:
-                with waited:
-                    clock.now += 1
-            timer.join()
-        assert waited["step_ms"] == 1e3 * (8 - 1) / 2
+        timer = dispatch(end=4.0)
+        with meter.apart():
+            assert clock.now == 4.0
+            clock.now = 5.0
+        timer.join()
+        timer = dispatch(end=8.0)
+        assert meter.figures(2)["step_ms"] == 1e3 * (8 - 1) / 2
+        timer.join()
 
 
 def test_a_failed_step_is_left_to_the_loop():
