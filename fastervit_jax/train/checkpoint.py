@@ -1,6 +1,6 @@
 """Checkpoints of a run: WORKDIR/checkpoints/STEP/{variables,ema,optimizer,meta}, each of them an item of orbax.
 
-`meta` has a digest of each array, the sizes of the files, and evaluations. A step is written under another name, and
+`meta` has a digest of each array, the sizes of the files, evaluations, and what the loop adds. A step is written under another name, and
 renamed when it is whole.
 
 Orbax's handlers write and read the items. Its CheckpointManager is not used: for each array it holds up the thread that
@@ -315,8 +315,27 @@ class Checkpoints(contextlib.AbstractContextManager):
         """{"step": ..., "acc1": ...} of the best evaluation so far, whether or not its step could be saved."""
         return self._best
 
+    @property
+    def latest(self) -> int | None:
+        """The newest step that is there, whole or not."""
+        return max(self._saved, default=None)
+
+    def is_best(self, acc1: float | None) -> bool:
+        """Whether a state with this accuracy is better than all before; None is not."""
+        return acc1 is not None and math.isfinite(acc1) and (self._best is None or acc1 > self._best["acc1"])
+
+    @property
+    def latest(self) -> int | None:
+        """The newest step that is there, or None. It may be damaged."""
+        return max(self._saved, default=None)
+
+    def is_best(self, acc1: float | None) -> bool:
+        """Whether this accuracy, of an evaluation if there was one, is higher than all before."""
+        return acc1 is not None and math.isfinite(acc1) and (self._best is None or acc1 > self._best["acc1"])
+
     def restore(self, state: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
-        """The newest whole state, shaped and sharded as `state`, which may be abstract, and its meta; None if none is.
+        """The newest whole state, shaped and sharded as `state`, which may be abstract, and its meta, with what was
+        given as `extra`; None if there are no checkpoints.
 
         Steps that are damaged are told, and set aside as damaged_STEP. Raises CheckpointError if there are checkpoints
         of which none can be used; nothing is set aside then.
@@ -343,17 +362,19 @@ class Checkpoints(contextlib.AbstractContextManager):
         shutil.rmtree(self._root / name, ignore_errors=True)
         (self._root / str(step)).rename(self._root / name)
 
-    def save(self, state: TrainState, step: int, *, acc1: float | None = None, wait: bool = False) -> None:
+    def save(
+        self, state: TrainState, step: int, *, acc1: float | None = None, wait: bool = False, extra: Any = None
+    ) -> None:
         """Start to save the state, which has done `step` steps; it may be donated afterwards. Told if it fails.
 
-        `acc1` is the accuracy that it was evaluated to have. A step that is there is not saved again. With `wait`, also
+        `acc1` is the accuracy that it was evaluated to have; `extra`, of what JSON can hold, is kept in its meta. A step that is there is not saved again. With `wait`, also
         finish; a save that fails is tried once more then, and CheckpointError is raised if that fails, too.
         """
         self._wait()
         if step in self._saved:
             return
         acc1 = None if acc1 is None or not math.isfinite(acc1) else float(acc1)
-        if acc1 is not None and (self._best is None or acc1 > self._best["acc1"]):
+        if self.is_best(acc1):
             self._best = {"step": step, "acc1": acc1}
         if self._target is None or not _fits(state, self._target):
             self._compile(digest.abstract(state))
@@ -362,7 +383,7 @@ class Checkpoints(contextlib.AbstractContextManager):
             self._copies = _has_room(state)
             if not self._copies:
                 self._say("the devices have no room for a copy of the training state: training waits for each save")
-        meta = {"step": step, "acc1": acc1, "best": self._best}
+        meta = {"step": step, "acc1": acc1, "best": self._best, "extra": extra}
         blocks = wait or not self._copies
         for again in (True, False):
             sums = digests.start(state)
