@@ -1,0 +1,199 @@
+"""The plan of a run: its figures are those of the arrays, and what it cannot plan it says."""
+
+import importlib.util
+import json
+import math
+import os
+import pathlib
+import subprocess
+import sys
+import types
+
+import jax
+import numpy as np
+import pytest
+from absl import flags
+from absl.testing import flagsaver
+from ml_collections import ConfigDict
+
+from configs import digits
+from fastervit_jax import plan
+from fastervit_jax.model.fastervit import FasterViT
+from fastervit_jax.model.variants import ModelConfig
+from fastervit_jax.train import sharding
+from fastervit_jax.train.optimizer import make_optimizer
+from fastervit_jax.train.state import create_state
+
+SMALL = {"model.depths": (1, 1, 1, 1), "model.dim": 16, "model.in_dim": 8, "model.hat": (False,) * 4,
+         "data.image_size": 32, "batch_size": 64, "ema_decay": 0.9, "augment.zoom": 0.0, "augment.shift": 0.0}
+GIB = 2**30
+
+
+def small(**changes) -> ConfigDict:
+    config = digits.get_config()
+    config.update_from_flattened_dict({**SMALL, **changes})
+    return config
+
+
+@pytest.fixture(scope="module")
+def planned():
+    """What the command prints for 8 fake devices, fsdp=8, in a process of its own."""
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    environment |= {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # of the compiled code, to save time
+    changes = [f"--config.{key}={value}" for key, value in {**SMALL, "mesh.fsdp": 8}.items()]
+    run = subprocess.run(
+        [sys.executable, "-m", "fastervit_jax.plan", "--devices=8", "--chip=h200", "--json", *changes],
+        env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    return json.loads(run.stdout)
+
+
+def bytes_of_one(config: ConfigDict, fsdp: int) -> tuple[int, int]:
+    """Of state and batch on the first of 8 devices, from the arrays themselves."""
+    mesh = sharding.make_mesh(jax.devices()[:8], fsdp=fsdp)
+    model, optimizer = FasterViT(ModelConfig(**config.model)), make_optimizer(config)
+    shapes = jax.eval_shape(lambda: create_state(model, optimizer, config, mesh))
+    state = jax.tree.map(lambda x, lying: jax.device_put(np.zeros(x.shape, x.dtype), lying),
+                         shapes, sharding.shardings(shapes, mesh))
+    size = config.data.image_size
+    batch = jax.device_put(
+        {"image": np.zeros((config.batch_size, size, size, 1), np.uint8),
+         "label": np.zeros(config.batch_size, np.int32), "weight": np.zeros(config.batch_size, np.float32)},
+        sharding.over_batch(mesh))
+    return tuple(sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(tree)) for tree in (state, batch))
+
+
+def test_arguments_are_the_arrays(planned):
+    state, batch = bytes_of_one(small(), fsdp=8)
+    assert (planned["state_bytes"], planned["batch_bytes"]) == (state, batch)
+    assert planned["argument_bytes"] == state + batch
+    assert planned["aliased_bytes"] == state  # donated
+    assert planned["mesh"] == {"data": 1, "fsdp": 8}
+    assert (planned["devices"], planned["batch_a_device"]) == (8, 8)
+    assert planned["total_bytes"] == sum(
+        planned[f"{name}_bytes"] for name in ("argument", "temporary", "output", "code")) - planned["aliased_bytes"]
+    assert planned["fits"]
+
+
+def test_fsdp_splits_the_state(planned):
+    config = small()
+    mesh = sharding.make_mesh(jax.devices()[:8])
+    state, _ = plan.abstract_inputs(FasterViT(ModelConfig(**config.model)), make_optimizer(config), config, mesh)
+    whole = plan.bytes_a_device(state)
+    assert whole == bytes_of_one(config, fsdp=1)[0]
+    assert 1 / 8 < planned["state_bytes"] / whole < 1 / 8 + 0.05  # vectors are on every device
+
+
+def test_what_is_exchanged(planned):
+    """Gradients are summed over the devices, but for what only position terms need; split parameters are gathered."""
+    parameter_bytes = 4 * planned["parameters"]
+    assert set(planned["collectives"]) == {"all-gather", "all-reduce"}
+    assert 0.5 * parameter_bytes < planned["collectives"]["all-reduce"]["bytes"] < 1.5 * parameter_bytes
+    assert 0.9 * parameter_bytes < planned["collectives"]["all-gather"]["bytes"] < 2 * parameter_bytes
+
+
+def test_collectives_of_a_program():
+    assert plan.collectives("""
+        %all-reduce.1 = f32[4,2]{1,0:T(4,128)} all-reduce(%a), replica_groups={{0,1}}
+        ROOT %r = (bf16[8]{0}, f32[]) all-reduce(%b, %c), channel_id=1
+        %all-gather-start.1 = (f32[2]{0}, f32[16]{0}) all-gather-start(%d), dimensions={0}
+        %all-gather-done.1 = f32[16]{0} all-gather-done(%all-gather-start.1)
+        %collective-permute-start = (u8[30], u8[30], u32[], u32[]) collective-permute-start(%e)
+        %fusion = f32[4] fusion(%all-reduce.1), kind=kLoop
+    """) == {"all-reduce": {"count": 2, "bytes": 32 + 16 + 4}, "all-gather": {"count": 1, "bytes": 64},
+             "collective-permute": {"count": 1, "bytes": 30}}
+
+
+def test_the_bound_is_the_slower_of_two(planned):
+    figures = {"platform": "tpu", "batch": 512, "model_flops": 0.0}
+    chip = plan.TPUS["v5e"]
+    computing = plan.work_figures({"flops": 197e12, "bytes accessed": 1.0}, figures, chip)
+    assert (computing["bound_by"], computing["bound_seconds"], computing["bound_images_per_second"]) == (
+        "computation", 1.0, 512)
+    reading = plan.work_figures({"flops": 197e12, "bytes accessed": 2 * 819e9}, figures, chip)
+    assert (reading["bound_by"], reading["bound_seconds"]) == ("memory", 2.0)
+    more = plan.work_figures({"flops": 0.0, "bytes accessed": 0.0}, {**figures, "model_flops": 394e12}, chip)
+    assert more["bound_seconds"] == 2.0
+    # XLA:CPU's bytes are not a GPU's, its products are: at least the model's own.
+    assert planned["bound_by"] == "computation"
+    assert planned["bound_seconds"] == max(planned["flops"], planned["model_flops"]) / 989e12
+    assert 0.5 < planned["model_flops"] / planned["flops"] < 1
+
+
+def test_memory_that_does_not_suffice(planned):
+    figures = {**planned, "limit_bytes": 0, "fits": False, "mesh": {"data": 8, "fsdp": 1}}
+    text = plan.report(figures)
+    assert f"does not fit: {figures['total_bytes'] / GIB:.2f} GiB more than the 0.00" in text
+    for remedy in ("--config.mesh.fsdp=2", '--config.remat="(True,True,True,True)"', "--config.accumulate=2"):
+        assert remedy in text
+    assert plan.advice({**figures, "mesh": {"data": 1, "fsdp": 8}, "remat": (True,) * 4, "accumulate": 8}) == [
+        "more chips, or chips with more memory"]
+
+
+def test_what_the_tpu_compiler_says():
+    assert plan.needed_bytes("Ran out of memory in memory space hbm. Used 22.50G of 15.75G hbm. Exceeded hbm capacity "
+                             "by 6.75G.") == 22.5 * GIB
+    assert plan.needed_bytes("Ran out of memory on HBM, the total memory required for HLO temporaries (400.00M) "
+                             "exceeds available HBM (15.75G).") == 400 * 2**20
+    assert plan.needed_bytes("RESOURCE_EXHAUSTED: no more") is None
+
+
+def test_every_chip_has_a_peak():
+    for chips in (plan.TPUS, plan.GPUS):
+        assert all(chip.flops > 1e14 for chip in chips.values())
+
+
+@pytest.mark.parametrize("topology", ["v5e-256", "v4-512", "v5e:4x4x4", "v4:8x8", "v5e:32x32", "v3:4x4", "v5e:4x", ""])
+def test_topologies_that_do_not_exist(topology):
+    with pytest.raises(plan.PlanError, match=rf"--topology={topology}: expected GENERATION:SHAPE.*v4:4x8x8"):
+        plan.tpu_devices(topology)
+
+
+def test_without_libtpu(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "libtpu" else types)
+    with pytest.raises(plan.PlanError, match=rf'needs libtpu.*pip install "jax\[tpu\]=={jax.__version__}"'):
+        plan.tpu_devices("v5e:4x4")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
+def test_a_slice_has_one_device_a_chip():
+    for topology, kind in {"v4:4x8x8": "TPU v4", "v5e:16x16": "TPU v5 lite", "v6e:1x1": "TPU v6 lite"}.items():
+        devices, _ = plan.tpu_devices(topology)
+        assert len(devices) == math.prod(map(int, topology.split(":")[1].split("x")))
+        assert {device.device_kind for device in devices} == {kind}
+    with pytest.raises(plan.PlanError, match="libtpu does not know this shape"):
+        plan.tpu_devices("v5e:3x3")
+
+
+def test_batch_and_mesh_must_fit_the_devices():
+    with pytest.raises(plan.PlanError, match=r"config.batch_size=64: expected a multiple of 48"):
+        plan.plan(small(accumulate=16), jax.devices()[:3], None)
+    with pytest.raises(plan.PlanError, match=r"config.mesh.data=-1, config.mesh.fsdp=3: there are 8 devices"):
+        plan.plan(small(**{"mesh.fsdp": 3}), jax.devices()[:8], None)
+
+
+def test_jax_has_started_with_fewer_devices():
+    with pytest.raises(plan.PlanError, match="JAX has started with 8 CPU devices"):
+        plan.gpu_devices(9, None)
+
+
+def test_the_report(planned):
+    text = plan.report(planned)
+    assert f"state {planned['state_bytes'] / GIB:.2f}, batch {planned['batch_bytes'] / GIB:.2f}" in text
+    assert f"{planned['total_bytes'] / GIB:9.2f}" in text
+    for words in ("XLA:CPU's program on fake devices", "a bound, not a measurement", "mesh: data=1, fsdp=8", "fits: "):
+        assert words in text
+    assert "not known for cpu: --chip names a GPU" in plan.report({**planned, "device_kind": "cpu", "fits": None})
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    ([], r"expected one of --topology=v5e:16x16 \(TPUs\) and --devices=8 \(GPUs\)"),
+    (["--topology=v5e:16x16", "--devices=8"], "expected one of"),
+    (["--topology=v5e:16x16", "--chip=h100"], "--chip is for --devices"),
+    (["--topology=v5e"], "--topology=v5e: expected GENERATION:SHAPE"),
+])  # fmt: skip
+def test_what_the_command_refuses(arguments, message):
+    with flagsaver.flagsaver():
+        flags.FLAGS(["plan", *arguments])
+        with pytest.raises(SystemExit, match=message):
+            plan.run(small(), pathlib.Path())
