@@ -18,10 +18,8 @@ from absl import app, flags
 from ml_collections import ConfigDict
 
 from fastervit_jax.data import loader, sources
-from fastervit_jax.model.fastervit import FasterViT
-from fastervit_jax.model.variants import ModelConfig
 from fastervit_jax.train import checkpoint, command, evaluate, metrics, sharding
-from fastervit_jax.train.state import init_variables, load_weights
+from fastervit_jax.train.state import init_variables, load_weights, make_model
 
 flags.adopt_module_key_flags(command)
 SPLIT = flags.DEFINE_string("split", None, "The images to evaluate on; default: config.data.eval_split.")
@@ -30,13 +28,12 @@ DATASETS = flags.DEFINE_list("datasets", [], "Names of datasets to evaluate on, 
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Evaluate this file or folder of weights (all that "
                                  "fastervit_jax.from_pretrained reads), not the workdir's newest checkpoint.")
 # What of the config must be the run's; how images are cut, say, may be changed.
-EXPECTED = ("model.", "data.source", "data.image_size", "data.mean", "data.std")
-EMA = flags.DEFINE_bool("ema", False, "The averaged weights of --checkpoint, if the file has them.")
+EXPECTED = ("ema_decay", "model.", "data.source", "data.image_size", "data.mean", "data.std")
+EMA = flags.DEFINE_bool("ema", None, "The averaged weights, or with --noema the others. Default: the averaged ones of "
+                        "a run that has them (config.ema_decay), the others of --checkpoint.")
 
 
 def main(config: ConfigDict, workdir: pathlib.Path) -> None:
-    if EMA.value and not CHECKPOINT.value:
-        raise app.UsageError("--ema without --checkpoint: checkpoints of a run have one set of weights")
     if SPLIT.value and DATASETS.value:
         raise app.UsageError("--split with --datasets: give --datasets=NAME@SPLIT")
     loader.check(config)
@@ -45,16 +42,20 @@ def main(config: ConfigDict, workdir: pathlib.Path) -> None:
     pairs = [(name, split or sources.default_eval_split(name, config)) for name, split in pairs]
     opened = {pair: sources.make_source(config, pair[1], pair[0]) for pair in pairs}
 
-    mesh = sharding.make_mesh()
-    model = FasterViT(ModelConfig(**config.model))
+    mesh = sharding.make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp)
+    model = make_model(config)
     if CHECKPOINT.value:
         evaluated = {"checkpoint": CHECKPOINT.value}
-        variables, _ = load_weights(CHECKPOINT.value, EMA.value, config, mesh, exact=True)
+        variables, _ = load_weights(CHECKPOINT.value, bool(EMA.value), config, mesh, exact=True)
     else:
         metrics.check_config(workdir, config, parts=EXPECTED)
         abstract = jax.eval_shape(lambda: init_variables(model, config))
-        step, variables = checkpoint.restore_variables(workdir, abstract, sharding.replicated(mesh))
-        evaluated = {"step": step}
+        ema = config.ema_decay > 0 if EMA.value is None else EMA.value
+        if ema and not config.ema_decay:
+            raise app.UsageError("--ema with config.ema_decay=0: the run has no averaged weights")
+        lying = sharding.shardings(abstract, mesh)
+        step, variables = checkpoint.restore_variables(workdir, abstract, lying, ema=ema, say=print)
+        evaluated = {"step": step, **({"ema": True} if ema else {})}
     eval_step = evaluate.make_eval_step(model, config, mesh)
 
     width = max(len(f"{name} {split}") for name, split in opened)

@@ -31,11 +31,9 @@ from sklearn.datasets import load_sample_images
 
 from configs import imagenet
 from fastervit_jax.data import augment, loader, sources
-from fastervit_jax.model.fastervit import FasterViT
-from fastervit_jax.model.variants import ModelConfig
-from fastervit_jax.train import losses, sharding
+from fastervit_jax.train import losses, schedule, sharding
 from fastervit_jax.train.optimizer import make_optimizer
-from fastervit_jax.train.state import create_state
+from fastervit_jax.train.state import create_state, make_model
 from fastervit_jax.train.step import make_train_step
 
 SIZE = (500, 375)
@@ -130,10 +128,10 @@ def benchmark_data(source: Any, config: ConfigDict, workers: list[int], seconds:
 def benchmark_input(source: Any, config: ConfigDict, steps: int) -> None:
     """The train step with a batch that is there already, and fed; and augmentation alone."""
     mesh = sharding.make_mesh()
-    model = FasterViT(ModelConfig(**config.model))
-    optimizer, schedule = make_optimizer(config, steps_per_epoch=1000)
+    model = make_model(config)
+    optimizer, rates = make_optimizer(config), schedule.make_schedule(config, steps_per_epoch=1000)
     state = create_state(model, optimizer, config, mesh)
-    train_step = make_train_step(model, optimizer, schedule, config, mesh)
+    train_step = make_train_step(model, optimizer, rates, config, mesh, total_steps=310_000)
 
     @jax.jit
     def augmented(key, batch):
@@ -208,6 +206,7 @@ def main() -> None:
         config.model.num_classes = CLASSES
         config.batch_size = args.batch or (64 if is_data else 512)
         config.augment.mix_group = math.gcd(config.batch_size, config.augment.mix_group)
+        config.bn_group_size = math.gcd(config.batch_size, config.bn_group_size)
         write_jpegs(pathlib.Path(folder), args.images)
         source = sources.make_source(config, "train")
         if is_data:

@@ -1,7 +1,7 @@
 """Checkpoints of a run: WORKDIR/checkpoints/STEP/{variables,ema,optimizer,meta}, each of them an item of orbax.
 
-`meta` has a digest of each array, the sizes of the files, evaluations, and what the loop adds. A step is written under another name, and
-renamed when it is whole.
+`meta` has a digest of each array, the sizes of the files, evaluations, and what the loop adds. A step is written under
+another name, and renamed when it is whole.
 
 Orbax's handlers write and read the items. Its CheckpointManager is not used: for each array it holds up the thread that
 calls it, it forgets a save that failed until the next, and where one of several processes fails, the others wait for it
@@ -278,7 +278,8 @@ class Checkpoints(contextlib.AbstractContextManager):
         self._group, self._saves = _Group(), itertools.count()
         self._worker = concurrent.futures.ThreadPoolExecutor(1, "checkpoints")
         self._saving: concurrent.futures.Future | None = None
-        self._compiled: concurrent.futures.Future | None = None
+        self._digests: concurrent.futures.Future | None = None
+        self._copy: concurrent.futures.Future | None = None
         self._target: TrainState | None = None
         self._copies: bool | None = None
         found, error = self._group.do(self._open, only_first=True)
@@ -308,7 +309,8 @@ class Checkpoints(contextlib.AbstractContextManager):
         copy = jax.jit(lambda state: jax.tree.map(jnp.copy, state),
                        out_shardings=jax.tree.map(lambda x: x.sharding, target))
         self._target = target
-        self._compiled = self._worker.submit(lambda: (Digests(target), copy.lower(target).compile()))
+        self._digests = self._worker.submit(Digests, target)
+        self._copy = self._worker.submit(lambda: copy.lower(target).compile())
 
     @property
     def best(self) -> dict[str, Any] | None:
@@ -318,15 +320,6 @@ class Checkpoints(contextlib.AbstractContextManager):
     @property
     def latest(self) -> int | None:
         """The newest step that is there, whole or not."""
-        return max(self._saved, default=None)
-
-    def is_best(self, acc1: float | None) -> bool:
-        """Whether a state with this accuracy is better than all before; None is not."""
-        return acc1 is not None and math.isfinite(acc1) and (self._best is None or acc1 > self._best["acc1"])
-
-    @property
-    def latest(self) -> int | None:
-        """The newest step that is there, or None. It may be damaged."""
         return max(self._saved, default=None)
 
     def is_best(self, acc1: float | None) -> bool:
@@ -343,7 +336,7 @@ class Checkpoints(contextlib.AbstractContextManager):
         self._wait()
         target = digest.abstract(state)
         self._compile(target)
-        found = _newest_whole(self._root, _items(target), _state, self._group, lambda: self._compiled.result()[0])
+        found = _newest_whole(self._root, _items(target), _state, self._group, self._digests.result)
         if found is None:
             return None
         restored, meta, wrong = found
@@ -363,12 +356,13 @@ class Checkpoints(contextlib.AbstractContextManager):
         (self._root / str(step)).rename(self._root / name)
 
     def save(
-        self, state: TrainState, step: int, *, acc1: float | None = None, wait: bool = False, extra: Any = None
+        self, state: TrainState, step: int, *, acc1: float | None = None, extra: Any = None, wait: bool = False
     ) -> None:
         """Start to save the state, which has done `step` steps; it may be donated afterwards. Told if it fails.
 
-        `acc1` is the accuracy that it was evaluated to have; `extra`, of what JSON can hold, is kept in its meta. A step that is there is not saved again. With `wait`, also
-        finish; a save that fails is tried once more then, and CheckpointError is raised if that fails, too.
+        `acc1` is the accuracy that it was evaluated to have; `extra`, of what JSON can hold, is kept in the meta. A
+        step that is there is not saved again. With `wait`, also finish; a save that fails is tried once more then, and
+        CheckpointError is raised if that fails, too.
         """
         self._wait()
         if step in self._saved:
@@ -378,7 +372,7 @@ class Checkpoints(contextlib.AbstractContextManager):
             self._best = {"step": step, "acc1": acc1}
         if self._target is None or not _fits(state, self._target):
             self._compile(digest.abstract(state))
-        digests, copy = self._compiled.result()
+        digests, copy = self._digests.result(), self._copy.result()
         if self._copies is None:
             self._copies = _has_room(state)
             if not self._copies:

@@ -50,11 +50,12 @@ def make_eval_step(model: FasterViT, config: ConfigDict, mesh: jax.sharding.Mesh
 
 def evaluate(
     eval_step: Callable[..., Metrics], variables: dict[str, Any], source: Source, config: ConfigDict,
-    mesh: jax.sharding.Mesh,
+    mesh: jax.sharding.Mesh, going_on: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """Mean loss (nats), top-1 and top-5 accuracy (%), and the number of images that counted.
 
-    Where images could not be read, also "bad_records", what this process says of each.
+    Where images could not be read, also "bad_records", what this process says of each. `going_on` is called before
+    each batch, and may raise.
     """
     classes = np.zeros(source.num_classes, bool)
     classes[slice(None) if source.classes is None else list(source.classes)] = True
@@ -62,6 +63,8 @@ def evaluate(
     sums, bad = [], []
     with contextlib.closing(loader.eval_batches(source, config, sharding=over_batch(mesh))) as batches:
         for batch, unreadable in batches:
+            going_on()
+            jax.block_until_ready(sums[-2:-1])  # two batches at most are in the devices' memory
             sums.append(eval_step(variables, batch, classes))
             bad += unreadable
     totals = {name: float(sum(s[name] for s in jax.device_get(sums))) for name in sums[0]}

@@ -1,136 +1,219 @@
 """The training loop. One function, read from top to bottom; the same on one device and on many."""
 
 import contextlib
-import math
 import pathlib
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import jax
+from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from fastervit_jax.data import augment, loader, sources
+from fastervit_jax.data import loader, sources
 from fastervit_jax.model.fastervit import FasterViT
-from fastervit_jax.model.variants import ModelConfig
-from fastervit_jax.train import checkpoint, evaluate, sharding
-from fastervit_jax.train.metrics import MetricWriter, claim_workdir
+from fastervit_jax.train import evaluate, metrics, processes, schedule, sharding, speed
+from fastervit_jax.train.check import check, profiled_steps
+from fastervit_jax.train.checkpoint import Checkpoints
 from fastervit_jax.train.optimizer import make_optimizer
-from fastervit_jax.train.state import create_state, load_weights
+from fastervit_jax.train.state import TrainState, create_state, load_weights, make_model
 from fastervit_jax.train.step import make_train_step
+from fastervit_jax.weights import pretrained
+
+AHEAD = 2
+"""Steps that are dispatched before their figures are there; their batches are in the devices' memory."""
 
 
-def check(config: ConfigDict) -> None:
-    """Raises ValueError for settings that cannot be, or that would have no effect."""
-    at_least = {"seed": 0, "warmup_epochs": 0, "epochs": 1, "log_every_steps": 1,
-                "eval_every_epochs": 1, "checkpoint_every_epochs": 1, "keep_checkpoints": 1}
-    for name, least in at_least.items():
-        if config[name] < least:
-            raise ValueError(f"config.{name}={config[name]}: expected at least {least}")
-    for name in ("learning_rate", "warmup_learning_rate", "final_learning_rate", "weight_decay"):
-        if not 0 <= config[name] < math.inf:
-            raise ValueError(f"config.{name}={config[name]}: expected 0 or more")
-    if not config.clip_norm > 0:
-        raise ValueError(f"config.clip_norm={config.clip_norm}: expected more than 0; inf clips nothing")
-    if not 0 <= config.label_smoothing < 1:
-        raise ValueError(f"config.label_smoothing={config.label_smoothing}: expected 0 or more, less than 1")
-    if config.warmup_epochs > config.epochs:
-        raise ValueError(f"config.warmup_epochs={config.warmup_epochs}: expected at most config.epochs={config.epochs}")
-    loader.check(config)
-    augment.check(config.augment, config.model.in_chans)
-    augment.check_mix(config.augment, config.batch_size)
-    if config.init_from_ema and not config.init_from:
-        raise ValueError("config.init_from_ema=True without config.init_from: expected a file of weights to start from")
-    model, size = ModelConfig(**config.model), config.data.image_size
-    for stage in (2, 3):
-        if model.hat[stage] and model.windows(stage, size, size) == (1, 1):
-            raise ValueError(
-                f"config.model.hat={model.hat}: with images of {size} pixels stage {stage} has a single window of "
-                f"{model.window_size[stage]} tokens a side, so no carrier tokens; expected a smaller "
-                f"config.model.window_size[{stage}], a larger config.data.image_size, or False for the stage")
+class TrainingError(RuntimeError):
+    """Training cannot go on: updates that are not finite, one after the other."""
 
 
 def train(config: ConfigDict, workdir: pathlib.Path, devices: list[jax.Device] | None = None) -> dict[str, Any]:
     """Train as `config` says, on all devices or the given ones, and return the last evaluation's result.
 
-    A run that is in `workdir` already goes on from its last checkpoint; a finished one is evaluated again.
-    Raises ValueError if the run there has another config.
+    A run that is in `workdir` already goes on from its last whole checkpoint; a finished one is evaluated again.
+    The result is that of the averaged weights, if there are. Raises ValueError if the run there has another config,
+    TrainingError after config.max_bad_steps updates in a row that are not finite, processes.Stopped (which ends a
+    program with processes.EXIT_CODE) once the state is saved where a signal asked the run to stop.
     """
     check(config)
-    mesh = sharding.make_mesh(devices)
-    train_source = sources.make_source(config, config.data.train_split)
-    eval_source = sources.make_source(config, config.data.eval_split)
-    if train_source.multi_label:
-        raise ValueError(f"{train_source.name} has several labels an image, which are for evaluation; expected "
-                         "config.data.source with one")
-    steps_per_epoch = len(train_source) // config.batch_size
-    if steps_per_epoch == 0:
-        raise ValueError(f"config.batch_size={config.batch_size}: larger than the {len(train_source)} training images")
-    total_steps = config.epochs * steps_per_epoch
-
-    model = FasterViT(ModelConfig(**config.model))
-    optimizer, schedule = make_optimizer(config, steps_per_epoch)
-    state = create_state(model, optimizer, config, mesh)
-    train_step = make_train_step(model, optimizer, schedule, config, mesh)
-    eval_step = evaluate.make_eval_step(model, config, mesh)
-
-    log_every = config.log_every_steps
-    eval_every = config.eval_every_epochs * steps_per_epoch
-    save_every = config.checkpoint_every_epochs * steps_per_epoch
-    say = tqdm.write if jax.process_index() == 0 else lambda text: None  # once, not for every process
     with contextlib.ExitStack() as stack:
-        manager = stack.enter_context(checkpoint.make_manager(workdir, every=save_every, keep=config.keep_checkpoints))
-        first_step = manager.latest_step() or 0
+        stop = stack.enter_context(processes.Stop())
+        mesh = sharding.make_mesh(devices, data=config.mesh.data, fsdp=config.mesh.fsdp)
+        train_source = sources.make_source(config, config.data.train_split)
+        eval_source = sources.make_source(config, config.data.eval_split)
+        if train_source.multi_label:
+            raise ValueError(f"{train_source.name} has several labels an image, which are for evaluation; expected "
+                             "config.data.source with one")
+        steps_per_epoch = len(train_source) // config.batch_size
+        if steps_per_epoch == 0:
+            raise ValueError(
+                f"config.batch_size={config.batch_size}: larger than the {len(train_source)} training images")
+        total_steps = schedule.total_epochs(config) * steps_per_epoch
+        eval_every = config.eval_every_epochs * steps_per_epoch
+        save_every = config.checkpoint_every_epochs * steps_per_epoch
+        profile_first, profile_last = profiled_steps(config)
+        say = tqdm.write if jax.process_index() == 0 else lambda text: None  # once, not for every process
+
+        model = make_model(config)
+        optimizer, rates = make_optimizer(config), schedule.make_schedule(config, steps_per_epoch)
+        state = create_state(model, optimizer, config, mesh)
+        train_step = make_train_step(model, optimizer, rates, config, mesh, total_steps)
+        eval_step = evaluate.make_eval_step(model, config, mesh)
+
+        checkpoints = stack.enter_context(
+            Checkpoints(workdir, keep=config.keep_checkpoints, keep_best=config.keep_best, say=say))
+        if checkpoints.latest is not None:
+            metrics.check_config(workdir, config)  # first: another model's checkpoint would look damaged
+        restored, left = checkpoints.restore(state), {"figures": [], "bad_records": [], "to_evaluate": False}
+        if restored is not None:
+            state, left = restored[0], restored[1]["extra"]  # figures since the last line, an evaluation half done
+            state = state.replace(bad_steps=jax.device_put(0, state.bad_steps.sharding))
+        first_step = int(state.step)
         batches = stack.enter_context(contextlib.closing(loader.train_batches(
             train_source, config, first_step=first_step, last_step=total_steps, sharding=sharding.over_batch(mesh))))
-        if first_step == 0 and config.init_from:
+        if restored is None and config.init_from:
             variables, report = load_weights(config.init_from, config.init_from_ema, config, mesh)
-            state = state.replace(**variables)
+            state = state.starting_from(variables)
             say(str(report))
-        claim_workdir(workdir, config, started=first_step > 0)
-        if first_step > 0:
-            state = checkpoint.restore(manager, state)
-        writer = stack.enter_context(MetricWriter(workdir, first_step))
+        metrics.claim_workdir(workdir, config, started=restored is not None)
+        writer = stack.enter_context(metrics.MetricWriter(workdir, first_step, config=config))
         say(f"{config.name}: {sum(x.size for x in jax.tree.leaves(state.params)):,} parameters, "
             f"{len(train_source):,} images to train on, {len(eval_source):,} to validate on, {total_steps:,} steps "
             f"of {config.batch_size} on {mesh.size} {mesh.devices.flat[0].platform} device(s); "
-            f"{f'going on after step {first_step:,}' if first_step else 'starting'} in {workdir}")
+            f"{f'going on after step {first_step:,}' if restored else 'starting'} in {workdir}\n"
+            f"{schedule.describe(config)}\n{sharding.describe(state, mesh)}")
+        flops = speed.model_flops(model, state.variables, config.data.image_size, config.batch_size)
+        meter = stack.enter_context(
+            speed.Meter(flops, config.batch_size, mesh.devices.flat, first_step, total_steps))
+        watchdog = stack.enter_context(processes.Watchdog(config.stuck_after))
         bar = stack.enter_context(tqdm(
             total=total_steps * config.batch_size, initial=first_step * config.batch_size, desc="train",
             unit=" images", unit_scale=True, mininterval=0.5 if sys.stderr.isatty() else 30.0,
             disable=jax.process_index() != 0))
 
-        def evaluated(step: int) -> dict[str, Any]:
-            result = evaluate.evaluate(eval_step, state.variables, eval_source, config, mesh)
-            say(f"step {step:6,} epoch {step // steps_per_epoch:3}{evaluate.report(result)} loss {result['loss']:.4f}")
+        def going_on() -> None:
+            watchdog.alive()
+            stop.check()
+
+        def catch_up() -> None:
+            figures.extend(_fetch(in_flight))
+            in_flight.clear()
+            if figures and figures[-1]["bad_steps_in_row"] >= config.max_bad_steps:
+                last = int(state.step)
+                raise TrainingError(
+                    f"the updates of steps {last - config.max_bad_steps + 1:,} to {last:,} were skipped, since loss or "
+                    f"gradient was not finite (config.max_bad_steps={config.max_bad_steps}). The state, which they did "
+                    f"not change, is saved as step {last:,}. Started again, the run goes on with the next step; if "
+                    "that fails too, start another with a lower config.learning_rate or config.clip_norm")
+
+        def evaluated(step: int, *, write: bool) -> dict[str, Any]:
+            for name, variables in (("eval", state.variables), ("eval_ema", state.ema)):
+                if variables is None:
+                    continue
+                with meter.apart():
+                    result = evaluate.evaluate(eval_step, variables, eval_source, config, mesh, going_on)
+                say(f"step {step:6,} epoch {step // steps_per_epoch:3}{evaluate.report(result)} "
+                    f"loss {result['loss']:.4f}{' (averaged weights)' if name == 'eval_ema' else ''}")
+                if write:
+                    results[name] = result
+            for name in list(results):  # when all are there: an evaluation that is stopped is done again
+                writer.write(step, name, results.pop(name))
             return result
 
-        result = evaluated(first_step) if first_step == total_steps else None
-        waiting, bad_records = [], []
-        for step in range(first_step + 1, total_steps + 1):
-            batch, unreadable = next(batches)
-            state, metrics = train_step(state, batch)
-            bad_records += unreadable
-            waiting.append(metrics)
-            if step == first_step + 1:
-                jax.block_until_ready(metrics)
-                bar.unpause()  # the compilation does not count in images/s and time left
-            last = step == total_steps
-            if step % log_every == 0 or step % save_every == 0 or last:
-                fetched = jax.device_get(waiting)
-                waiting = []
-                figures = {name: float(sum(m[name] for m in fetched) / len(fetched)) for name in fetched[0]}
-                figures["bad_images"] *= len(fetched)  # in all of them; the others are means
-                figures |= {"bad_records": bad_records} if bad_records else {}
-                bar.set_postfix(loss=f"{figures['loss']:.4f}", accuracy=f"{100 * figures['accuracy']:.2f}%",
-                                refresh=False)
-                bar.update(len(fetched) * config.batch_size)
-                writer.write(step, "train", figures)
-                bad_records = []
-            if step % eval_every == 0 or last:
-                result = evaluated(step)
-                writer.write(step, "eval", result)
-            # After all its figures are written: a run that goes on from a checkpoint leaves no gap and no double.
-            checkpoint.save(manager, state, step, force=last)
+        figures, bad_records, to_evaluate = left["figures"], left["bad_records"], left["to_evaluate"]
+        in_flight, results, logged = [], {}, first_step - len(figures)
+        try:
+            if to_evaluate or first_step == total_steps:
+                result = evaluated(first_step, write=to_evaluate)
+                to_evaluate = False
+            for step in range(first_step + 1, total_steps + 1):
+                going_on()
+                with meter.waiting():
+                    batch, unreadable = next(batches)
+                if step == profile_first:
+                    jax.profiler.start_trace(workdir / "profile")
+                state, new = train_step(state, batch)
+                meter.stepped(new)
+                in_flight.append(new)
+                bad_records += unreadable
+                jax.block_until_ready(in_flight[-1 - AHEAD:][:1])
+                if step == first_step + 1:
+                    meter.start(step)  # the compilation does not count in images/s and time left
+                    bar.unpause()
+                if step == profile_last:
+                    jax.block_until_ready(new)
+                    jax.profiler.stop_trace()
+                bar.update(config.batch_size)
+                last, acc1 = step == total_steps, None
+                if step % config.log_every_steps == 0 or last:
+                    catch_up()
+                    summary, speeds = _summary(figures), meter.figures(step)
+                    writer.write(step, "train", summary | ({"bad_records": bad_records} if bad_records else {}))
+                    writer.write_speed(step, speeds)
+                    if summary["bad_steps"]:
+                        say(f"step {step:6,}: {summary['bad_steps']:.0f} of the last {len(figures)} updates skipped, "
+                            "loss or gradient was not finite")
+                    bar.set_postfix_str(_postfix(summary, speeds), refresh=False)
+                    figures, bad_records, logged = [], [], step
+                if step % eval_every == 0 or last:
+                    catch_up()
+                    to_evaluate = True
+                    result = evaluated(step, write=True)
+                    to_evaluate, acc1 = False, result["acc1"]
+                best = config.keep_best and checkpoints.is_best(acc1)
+                if step % save_every == 0 or last or best:
+                    catch_up()
+                    with meter.apart():
+                        if best:
+                            _export(model, state, workdir, config, say)
+                        # After all its figures: a run that goes on from a checkpoint leaves no gap and no double.
+                        checkpoints.save(
+                            state, step, acc1=acc1, wait=last,
+                            extra={"figures": list(figures), "bad_records": list(bad_records), "to_evaluate": False})
+        except (processes.Stopped, TrainingError):
+            step = int(state.step)
+            figures = (figures + _fetch(in_flight))[:step - logged]
+            checkpoints.save(
+                state, step, wait=True,
+                extra={"figures": figures, "bad_records": bad_records, "to_evaluate": to_evaluate})
+            say(f"saved after step {step:,} in {workdir}; the same command goes on from there")
+            raise
     say(evaluate.report(result))
     return result
+
+
+def _fetch(in_flight: list[dict[str, jax.Array]]) -> list[dict[str, float]]:
+    return [{name: float(x) for name, x in step.items()} for step in jax.device_get(in_flight)]
+
+
+def _summary(figures: list[dict[str, float]]) -> dict[str, float]:
+    """Means over the steps whose update was made; of bad images and skipped updates, how many."""
+    made = [step for step in figures if not step["bad_steps"]]
+    summary = {name: sum(step[name] for step in made) / len(made) for name in (made[0] if made else ())}
+    summary |= {name: sum(step[name] for step in figures) for name in ("bad_images", "bad_steps")}
+    summary.pop("bad_steps_in_row", None)
+    return summary
+
+
+def _postfix(summary: dict[str, float], speeds: dict[str, float]) -> str:
+    """'loss 2.1034, accuracy 31.25%, mfu 20.1%, input wait 0.3%', as far as these are known."""
+    parts = [f"loss {summary['loss']:.4f}", f"accuracy {100 * summary['accuracy']:.2f}%"] if "loss" in summary else []
+    parts += [f"{name.replace('_', ' ')} {100 * speeds[name]:.1f}%" for name in ("mfu", "input_wait") if name in speeds]
+    return ", ".join(parts)
+
+
+def _export(
+    model: FasterViT, state: TrainState, workdir: pathlib.Path, config: ConfigDict, say: Callable[[str], None]
+) -> None:
+    """Write WORKDIR/best.safetensors: the averaged weights, if there are, else the weights."""
+    variables = state.ema or state.variables
+    if jax.process_count() > 1:
+        variables = multihost_utils.process_allgather(variables, tiled=True)
+    if jax.process_index() == 0:
+        try:
+            pretrained.save_pretrained(
+                model, variables, workdir / "best.safetensors", resolution=config.data.image_size)
+        except OSError as error:
+            say(f"best.safetensors could not be written ({error}); the best weights so far are in the checkpoints only")

@@ -40,6 +40,11 @@ class TrainState:
         return self.replace(**variables, ema=ema)
 
 
+def make_model(config: ConfigDict) -> FasterViT:
+    """The model of a config, computed as it says."""
+    return FasterViT(ModelConfig(**config.model), remat=tuple(config.remat), bn_group_size=config.bn_group_size)
+
+
 def init_variables(model: FasterViT, config: ConfigDict) -> dict[str, Any]:
     """Fresh parameters and batch statistics, from config.seed."""
     size = config.data.image_size

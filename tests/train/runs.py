@@ -4,11 +4,17 @@ import contextlib
 import json
 import pathlib
 
+import jax
+import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
 from configs import digits, imagenet
-from fastervit_jax.train import loop
+from fastervit_jax.data import sources
+from fastervit_jax.train import loop, schedule, sharding
+from fastervit_jax.train.optimizer import make_optimizer
+from fastervit_jax.train.state import create_state, make_model
+from fastervit_jax.train.step import make_train_step
 from tests.data import mini
 
 CHANGES = {
@@ -26,7 +32,8 @@ def config(**changes) -> ConfigDict:
 
 IMAGENET_CHANGES = {
     "data.dir": str(mini.GOLDEN), "data.image_size": 64, "data.workers": 0, "batch_size": 8, "epochs": 2,
-    "warmup_epochs": 1, "log_every_steps": 1, "augment.mix_group": 4, "model.dim": 8, "model.in_dim": 8,
+    "warmup_epochs": 1, "cooldown_epochs": 0, "log_every_steps": 1, "augment.mix_group": 4, "bn_group_size": 4,
+    "learning_rate_batch": 8, "model.dim": 8, "model.in_dim": 8,
     "model.depths": (1, 1, 1, 1), "model.window_size": (2, 2, 2, 2), "model.ct_size": 1, "model.dtype": "float32",
 }  # fmt: skip
 IMAGENET_FLAGS = [f"--config.{key}={value}" for key, value in IMAGENET_CHANGES.items()]
@@ -37,6 +44,23 @@ def imagenet_config(**changes) -> ConfigDict:
     config = imagenet.get_config()
     config.update_from_flattened_dict({**IMAGENET_CHANGES, **changes})
     return config
+
+
+def parts(config: ConfigDict, mesh: jax.sharding.Mesh, steps_per_epoch: int = 10):
+    """Model, state at step 0 and train step, as the loop makes them."""
+    model = make_model(config)
+    optimizer, rates = make_optimizer(config), schedule.make_schedule(config, steps_per_epoch)
+    state = create_state(model, optimizer, config, mesh)
+    total_steps = schedule.total_epochs(config) * steps_per_epoch
+    return model, state, make_train_step(model, optimizer, rates, config, mesh, total_steps)
+
+
+def batch_of_digits(step: int, size: int, mesh: jax.sharding.Mesh) -> dict[str, jax.Array]:
+    """Other digits each step, on the devices."""
+    source = sources.digits("train", 64)
+    records = [source[(step * size + i) % len(source)] for i in range(size)]
+    batch = {name: np.stack([record[name] for record in records]) for name in ("image", "label")}
+    return jax.device_put(batch | {"weight": np.ones(size, np.float32)}, sharding.over_batch(mesh))
 
 
 class Stopped(Exception):

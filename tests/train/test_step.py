@@ -11,9 +11,6 @@ from fastervit_jax.data import sources
 from fastervit_jax.model.fastervit import FasterViT
 from fastervit_jax.model.variants import ModelConfig
 from fastervit_jax.train import evaluate, sharding
-from fastervit_jax.train.optimizer import make_optimizer
-from fastervit_jax.train.state import create_state
-from fastervit_jax.train.step import make_train_step
 from tests.train import runs
 
 MESH = sharding.make_mesh(jax.devices()[:1])
@@ -21,15 +18,12 @@ MESH = sharding.make_mesh(jax.devices()[:1])
 
 def program(config) -> str:
     """The initialisation's and the train step's programs, as text."""
-    model = FasterViT(ModelConfig(**config.model))
-    optimizer, schedule = make_optimizer(config, steps_per_epoch=10)
-    state = jax.eval_shape(lambda: create_state(model, optimizer, config, MESH))
+    _, state, train_step = runs.parts(config, MESH)
     size = config.data.image_size
     batch = {"image": jax.ShapeDtypeStruct((config.batch_size, size, size, config.model.in_chans), "uint8"),
              "label": jax.ShapeDtypeStruct((config.batch_size,), "int32"),
              "weight": jax.ShapeDtypeStruct((config.batch_size,), "float32")}
-    text = make_train_step(model, optimizer, schedule, config, MESH).lower(state, batch).as_text()
-    return f"{jax.tree.map(lambda x: x.shape, state)} {text}"
+    return f"{jax.tree.map(lambda x: x.shape, state)} {train_step.lower(state, batch).as_text()}"
 
 
 KNOBS = {
@@ -42,21 +36,23 @@ KNOBS = {
     "model.hat": (False, False, False, False), "model.do_propagation": True, "model.layer_scale": 1e-5,
     "model.layer_scale_conv": 1e-5, "model.layer_norm_last": True, "model.qkv_bias": False, "model.in_chans": 3,
     "model.num_classes": 11, "model.drop_path_rate": 0.3, "model.drop_rate": 0.1, "model.attn_drop_rate": 0.1,
-    "model.dtype": "bfloat16",
+    "model.dtype": "bfloat16", "optimizer": "lamb", "beta1": 0.8, "beta2": 0.99, "eps": 1e-6,
+    "learning_rate_batch": 32, "layer_decay": 0.9, "loss": "binary_cross_entropy", "ema_decay": 0.9, "accumulate": 2,
+    "remat": (False, False, True, False), "bn_group_size": 8, "max_bad_steps": 5,
 }  # fmt: skip
 # These change what ImageNet's recipe does; digits' has what they belong to switched off.
 IMAGENET_KNOBS = {
     "augment.color_jitter": 0.4, "augment.rand_augment_ops": 1, "augment.rand_augment_prob": 0.6,
     "augment.rand_augment_magnitude": 8.0, "augment.rand_augment_std": 0.4, "augment.erase_mode": "const",
     "augment.erase_area": (0.1, 0.2), "augment.erase_aspect": (0.5, 2.0), "augment.mix_prob": 0.5,
-    "augment.cutmix_switch": 0.3, "augment.mix_group": 2,
+    "augment.cutmix_switch": 0.3, "augment.mix_group": 2, "mesa": 0.3, "mesa_start_ratio": 0.5, "cooldown_epochs": 2,
 }  # fmt: skip
 # These say what the loop and the feed do, not what the step computes; test_loop.py, tests/data and the names show them.
 ELSEWHERE = {
     "name", "data.source", "data.dir", "data.train_split", "data.eval_split", "data.workers", "data.timeout",
     "data.max_bad_fraction", "data.crop_scale", "data.crop_ratio", "data.interpolation", "data.eval_crop",
     "data.eval_mode", "log_every_steps", "eval_every_epochs", "checkpoint_every_epochs", "keep_checkpoints",
-    "init_from", "init_from_ema",
+    "init_from", "init_from_ema", "keep_best", "stuck_after", "profile", "wandb", "mesh.data", "mesh.fsdp",
 }  # fmt: skip
 
 
@@ -105,14 +101,11 @@ def test_digits_use_carrier_tokens(key):
 def test_every_step_has_its_own_randomness(key):
     # No drop path, no learning: what differs between two steps is the augmentation.
     config = runs.config(**{"model.drop_path_rate": 0.0, "augment.shift": 0.3})
-    model = FasterViT(ModelConfig(**config.model))
-    optimizer, schedule = make_optimizer(config, steps_per_epoch=10)
-    train_step = make_train_step(model, optimizer, schedule, config, MESH)
     image = sources.digits("train", 64)[0]
     batch = {name: jnp.asarray(np.stack([x] * 64)) for name, x in image.items()} | {"weight": jnp.ones(64)}
     losses = []
     for step in (0, 1, 1):
-        state = create_state(model, optimizer, config, MESH)
+        _, state, train_step = runs.parts(config, MESH)
         losses.append(float(train_step(state.replace(step=jnp.int32(step)), batch)[1]["loss"]))
     assert losses[1] == losses[2]
     assert abs(losses[0] / losses[1] - 1) > 1e-5
@@ -121,15 +114,12 @@ def test_every_step_has_its_own_randomness(key):
 def test_images_of_no_weight_do_not_count(key):
     """Neither their labels nor, with mixing, their pixels in others' loss: the gradient is that of the others alone."""
     config = runs.config(**{"model.drop_path_rate": 0.0, "augment.zoom": 0.0, "augment.shift": 0.0, "clip_norm": 1e9})
-    model = FasterViT(ModelConfig(**config.model))
-    optimizer, schedule = make_optimizer(config, steps_per_epoch=10)
-    train_step = make_train_step(model, optimizer, schedule, config, MESH)
     images = np.asarray(jax.random.randint(key, (64, 64, 64, 1), 0, 256)).astype(np.uint8)
     batch = {"image": images, "label": np.arange(64, dtype=np.int32) % 10, "weight": np.ones(64, np.float32)}
     batch["weight"][[3, 7]] = 0
 
     def metrics(**changes):
-        state = create_state(model, optimizer, config, MESH)
+        _, state, train_step = runs.parts(config, MESH)
         return jax.device_get(train_step(state, jax.device_put({**batch, **changes}))[1])
 
     first = metrics()
@@ -153,11 +143,9 @@ def evaluated(monkeypatch):
 def step_metrics(images, labels, weights, **changes):
     """Of one step from the initial weights, without drop path or augmentation but for the changes."""
     config = runs.config(**{"model.drop_path_rate": 0.0, "augment.zoom": 0.0, "augment.shift": 0.0, **changes})
-    model = FasterViT(ModelConfig(**config.model))
-    optimizer, schedule = make_optimizer(config, steps_per_epoch=10)
     batch = jax.device_put({"image": images, "label": labels, "weight": weights})
-    state = create_state(model, optimizer, config, MESH)
-    return jax.device_get(make_train_step(model, optimizer, schedule, config, MESH)(state, batch)[1])
+    _, state, train_step = runs.parts(config, MESH)
+    return jax.device_get(train_step(state, batch)[1])
 
 
 def test_the_loss_is_the_mean_of_the_images_that_count():
@@ -219,9 +207,8 @@ def test_any_of_several_labels_is_right(evaluated):
 
 def test_evaluation_leaves_the_padding_out(key):
     config = runs.config(batch_size=2)
-    model = FasterViT(ModelConfig(**config.model))
-    optimizer, _ = make_optimizer(config, steps_per_epoch=10)
-    variables = create_state(model, optimizer, config, MESH).variables
+    model, state, _ = runs.parts(config, MESH)
+    variables = state.variables
     eval_step = evaluate.make_eval_step(model, config, MESH)
     images = np.asarray(jax.random.randint(key, (3, 64, 64, 1), 0, 256)).astype(np.uint8)
     labels = np.arange(3, dtype=np.int32)
