@@ -116,7 +116,7 @@ class MetricWriter(contextlib.AbstractContextManager):
         values = [Summary.Value(tag=name, simple_value=value) for name, value in scalars.items()]
         self.board.write(_record(Event(wall_time=time.time(), step=step, summary=Summary(value=values))))
         if self.run is not None:
-            self.run.log(scalars, step=step)
+            self.run.log({"step": step, **scalars})
 
     def __exit__(self, kind: type[BaseException] | None, *exception: Any) -> None:
         if self.enabled:
@@ -191,6 +191,9 @@ def _wandb_run(workdir: pathlib.Path, first_step: int, config: ConfigDict) -> An
     path = workdir / "wandb_id"
     if first_step == 0 or not path.exists():
         _replace(path, secrets.token_hex(4))
-    return init(
+    run = init(
         project=config.wandb, id=path.read_text(), resume="allow", name=workdir.name, dir=str(workdir),
         config=json.loads(config.to_json()), allow_val_change=True)
+    # Its own count of steps cannot go back, so that it would drop the evaluation that a stopped run does again.
+    run.define_metric("*", step_metric="step")
+    return run

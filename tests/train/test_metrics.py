@@ -111,7 +111,8 @@ def wandb(monkeypatch):
     def init(**settings):
         calls.append(("init", settings))
         return SimpleNamespace(
-            log=lambda figures, step: calls.append(("log", step, figures)),
+            define_metric=lambda name, step_metric: calls.append(("axis", name, step_metric)),
+            log=lambda figures: calls.append(("log", figures)),
             finish=lambda exit_code: calls.append(("finish", exit_code)))
 
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
@@ -141,8 +142,8 @@ def test_weights_and_biases(tmp_path, wandb):
     assert anew == {**first, "id": (tmp_path / "wandb_id").read_text()}
     assert anew["id"] != first["id"]
     assert [call for call in wandb if call[0] != "init"] == [
-        ("log", 1, {"train/loss": 0.5}), ("log", 1, {"speed/step_ms": 3.0}), ("finish", 0), ("finish", 1),
-        ("finish", 1)]
+        ("axis", "*", "step"), ("log", {"step": 1, "train/loss": 0.5}), ("log", {"step": 1, "speed/step_ms": 3.0}),
+        ("finish", 0), ("axis", "*", "step"), ("finish", 1), ("axis", "*", "step"), ("finish", 1)]
 
 
 def test_weights_and_biases_when_it_is_not_wanted(tmp_path, wandb):
