@@ -159,18 +159,45 @@ def bytes_a_device(tree: Any) -> int:
 
 
 def collectives(program: str) -> dict[str, dict[str, int]]:
-    """What the devices exchange in a compiled program: for each kind of operation how many, and bytes of results."""
-    widths = {"pred": 1, "bf16": 2}
+    """What the devices exchange in a compiled program: for each kind of operation how many, and bytes of whole arrays.
+
+    Bytes are those that an all-gather gives, a reduce-scatter takes. A loop's body counts once.
+    """
     found: dict[str, dict[str, int]] = {}
-    for shapes, kind, start in re.findall(rf"= (.*?) ({'|'.join(COLLECTIVES)})(-start)?\(", program):
-        sizes = [math.prod(map(int, filter(None, dims.split(",")))) * (widths.get(kind) or int(bits) // 8)
-                 for kind, bits, dims in re.findall(r"\b((?:pred|bf|[fsuc])(\d+)?\w*)\[([\d,]*)\]", shapes)]
-        if start and kind != "all-reduce":  # operands, results, counters
-            sizes = [max(sizes)]
+    sizes: dict[str, int] = {}
+    seen, computation = set(), ""
+    for line in program.splitlines():
+        if line[:1] in ("%", "E"):
+            computation = line.removeprefix("ENTRY ").split(" ", 1)[0]
+        match = re.match(r"\s+(?:ROOT )?%?([\w.-]+) = (\(.*?\)|\S+) ([a-z][\w-]*)\((.*?)\)(.*)", line)
+        if match is None:
+            continue
+        name, shape, kind, operands, rest = match.groups()
+        result = sizes[name] = _shape_bytes(shape)
+        kind, start = kind.removesuffix("-start"), kind.endswith("-start")
+        if kind not in COLLECTIVES:
+            continue
+        if "fus" in computation:  # on TPUs one that is spread over several fusions is in each of them
+            channel = re.search(r"channel_id=(\d+)", rest)
+            mark = kind, channel and channel[1], re.sub(r"\{.*?\}", "", shape)
+            if mark in seen:
+                continue
+            seen.add(mark)
+        taken = sum(sizes.get(operand, 0) for operand in re.findall(r"[\w.-]+", operands))
+        if computation.startswith("%all-reduce-scatter"):  # as TPUs' compiler writes it
+            kind = "reduce-scatter"
         entry = found.setdefault(kind, {"count": 0, "bytes": 0})
         entry["count"] += 1
-        entry["bytes"] += sum(sizes)
+        entry["bytes"] += max(taken, result - taken if start else result)
     return found
+
+
+def _shape_bytes(shape: str) -> int:
+    """Of an array or a tuple of arrays, as text."""
+    widths = {"pred": 1, "bf": 2}
+    return sum(
+        math.prod(map(int, filter(None, dims.split(",")))) * (widths.get(letters) or int(bits) // 8)
+        for letters, bits, dims in re.findall(r"\b(pred|bf|[fsuc])(\d*)\w*\[([\d,]*)\]", shape))
 
 
 def check_batch(config: ConfigDict, devices: int) -> None:

@@ -93,15 +93,33 @@ def test_what_is_exchanged(planned):
 
 
 def test_collectives_of_a_program():
+    """One that is in two fusions counts once; a reduce-scatter as the whole array, however it is written."""
     assert plan.collectives("""
-        %all-reduce.1 = f32[4,2]{1,0:T(4,128)} all-reduce(%a), replica_groups={{0,1}}
-        ROOT %r = (bf16[8]{0}, f32[]) all-reduce(%b, %c), channel_id=1
-        %all-gather-start.1 = (f32[2]{0}, f32[16]{0}) all-gather-start(%d), dimensions={0}
-        %all-gather-done.1 = f32[16]{0} all-gather-done(%all-gather-start.1)
-        %collective-permute-start = (u8[30], u8[30], u32[], u32[]) collective-permute-start(%e)
-        %fusion = f32[4] fusion(%all-reduce.1), kind=kLoop
-    """) == {"all-reduce": {"count": 2, "bytes": 32 + 16 + 4}, "all-gather": {"count": 1, "bytes": 64},
-             "collective-permute": {"count": 1, "bytes": 30}}
+%fused_computation.1 (p: bf16[2]) -> bf16[16] {
+  %p = bf16[2]{0:T(8,128)(2,1)S(1)} parameter(0)
+  %all-gather.1 = bf16[16]{0:T(8,128)(2,1)} all-gather(%p), channel_id=5, dimensions={0}
+}
+%async_collective_fusion.2 (q: bf16[2]) -> bf16[16] {
+  %q = bf16[2]{0} parameter(0)
+  ROOT %all-gather.2 = bf16[16]{0:T(8,128)(2,1)S(1)} all-gather(%q), channel_id=5, dimensions={0}
+}
+%all-reduce-scatter.3 (r: f32[64]) -> f32[8] {
+  %r = f32[64]{0} parameter(0)
+  %all-reduce.4 = f32[64]{0} all-reduce(%r), channel_id=6, to_apply=%add
+}
+ENTRY %main (a: f32[4,2]) -> f32[] {
+  %a = f32[4,2]{1,0} parameter(0)
+  %all-reduce.5 = f32[4,2]{1,0:T(4,128)} all-reduce(%a), channel_id=7
+  %b = bf16[8]{0} convert(%a)
+  ROOT %r = (bf16[8]{0:T(128)S(1)}, /*index=1*/f32[]{:T(128)}) all-reduce(%b, %c), channel_id=7
+  %all-gather-start.1 = (f32[4,2]{1,0}, f32[32,2]{1,0}) all-gather-start(%a), dimensions={0}
+  %all-gather-done.1 = f32[32,2]{1,0} all-gather-done(%all-gather-start.1)
+  %reduce-scatter.1 = f32[1,2]{1,0} reduce-scatter(%a), dimensions={0}
+  %all-reduce-start.1 = f32[4,2]{1,0} all-reduce-start(%a)
+  %fusion = pred[4] fusion(%all-reduce.5), kind=kLoop, calls=%fused_computation.1
+}
+""") == {"all-gather": {"count": 2, "bytes": 2 * 16 + 4 * 64}, "reduce-scatter": {"count": 2, "bytes": 4 * 64 + 4 * 8},
+         "all-reduce": {"count": 3, "bytes": 4 * 8 + 2 * 8 + 4 + 4 * 8}}
 
 
 def test_the_bound_is_the_slower_of_two(planned):
