@@ -306,17 +306,19 @@ def work_figures(cost: dict[str, float], figures: dict[str, Any], chip: Chip | N
 
 
 def advice(figures: dict[str, Any]) -> list[str]:
-    """What would make it smaller, the first the one that takes least time from the training."""
+    """What would make it smaller, the most promising first."""
     fsdp, images = figures["mesh"]["fsdp"], figures["batch_a_device"] // figures["accumulate"]
     lines = []
-    if figures["devices"] >= 2 * fsdp:
-        more = next(n for n in range(2 * fsdp, figures["devices"] + 1) if figures["devices"] % n == 0)
-        lines.append(f"--config.mesh.fsdp={more} splits the state, {figures['state_bytes'] / GIB:.2f} GiB a chip now, "
-                     f"over {more} chips")
     if not all(figures["remat"]):
         lines.append('--config.remat="(True,True,True,True)" computes activations again instead of keeping them')
     if images > 1:
         lines.append(f"--config.accumulate={2 * figures['accumulate']} computes {images // 2} images a chip at a time")
+    more = [n for n in range(fsdp + 1, figures["devices"] + 1) if figures["devices"] % n == 0]
+    if more:
+        state = figures["state_bytes"]
+        first = 0 if state > (figures["total_bytes"] or 0) / 2 else len(lines)
+        lines.insert(first, f"--config.mesh.fsdp={more[0]} splits the state, {state / GIB:.2f} GiB a chip now, over "
+                            f"{more[0]} chips")
     return lines or ["more chips, or chips with more memory"]
 
 
