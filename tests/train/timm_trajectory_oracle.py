@@ -22,7 +22,7 @@ from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV2
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)
 
 
 def train(case: cases.Case, recipe: dict, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
