@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 from fastervit_jax.data import augment, loader
 from fastervit_jax.model.variants import ModelConfig
 from fastervit_jax.train.losses import LOSSES
+from fastervit_jax.train.metrics import check_wandb
 from fastervit_jax.train.optimizer import OPTIMIZERS
 
 AT_LEAST = {
@@ -57,6 +58,7 @@ def check(config: ConfigDict) -> None:
         raise ValueError(f"config.bn_group_size={config.bn_group_size}: expected a divisor of the {part} images that "
                          "are computed together (config.batch_size / config.accumulate), or 0 for all of them")
     profiled_steps(config)
+    check_wandb(config.wandb)
     loader.check(config)
     augment.check(config.augment, config.model.in_chans)
     augment.check_mix(config.augment, config.batch_size)

@@ -84,7 +84,9 @@ def train(config: ConfigDict, workdir: pathlib.Path, devices: list[jax.Device] |
             f"of {config.batch_size} on {mesh.size} {mesh.devices.flat[0].platform} device(s); "
             f"{f'going on after step {first_step:,}' if restored else 'starting'} in {workdir}\n"
             f"{schedule.describe(config)}\n{sharding.describe(state, mesh)}")
-        flops = speed.model_flops(model, state.variables, config.data.image_size, config.batch_size)
+        flops = None
+        if speed.peak(mesh.devices.flat[0].device_kind):
+            flops = speed.model_flops(model, state.variables, config.data.image_size, config.batch_size)
         meter = stack.enter_context(
             speed.Meter(flops, config.batch_size, mesh.devices.flat, first_step, total_steps))
         watchdog = stack.enter_context(processes.Watchdog(config.stuck_after))
@@ -149,7 +151,8 @@ def train(config: ConfigDict, workdir: pathlib.Path, devices: list[jax.Device] |
                 last, acc1 = step == total_steps, None
                 if step % config.log_every_steps == 0 or last:
                     catch_up()
-                    summary, speeds = _summary(figures), meter.figures(step)
+                    summary = {"epoch": step / steps_per_epoch, **_summary(figures)}
+                    speeds = meter.figures(step)
                     writer.write(step, "train", summary | ({"bad_records": bad_records} if bad_records else {}))
                     writer.write_speed(step, speeds)
                     if summary["bad_steps"]:

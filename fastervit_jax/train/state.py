@@ -27,7 +27,7 @@ class TrainState:
     params: Any
     batch_stats: Any
     opt_state: optax.OptState
-    ema: dict[str, Any] | None
+    ema: Any
     bad_steps: Any
 
     @property

@@ -170,3 +170,23 @@ def test_epsilons():
         expected = 1e-4 if path.startswith("stem") else 1e-6 if path.startswith("downsamples") else 1e-5
         assert epsilon == expected, path
     assert len(seen) == 2 + 2 * 2 + 3 + 3 * 4  # stem, conv blocks, downsamplers, HAT blocks
+
+
+def test_batch_norm_of_groups(key):
+    """Each two images are normalised by themselves; running statistics take the groups' mean."""
+    x = jax.random.normal(key, (6, 4, 4, 3)) * jnp.arange(1.0, 7.0)[:, None, None, None]
+    norm, grouped = BatchNorm(1e-5, jnp.float32), BatchNorm(1e-5, jnp.float32, group_size=2)
+    variables = norm.init(key, x, train=False)
+
+    def normalised(module, images):
+        return module.apply(variables, images, train=True, mutable=["batch_stats"])
+
+    y, updated = normalised(grouped, x)
+    apart = [normalised(norm, x[i : i + 2]) for i in (0, 2, 4)]
+    np.testing.assert_allclose(y, jnp.concatenate([one for one, _ in apart]), rtol=1e-5, atol=1e-6)
+    for name in ("mean", "var"):
+        mean = np.mean([stats["batch_stats"][name] for _, stats in apart], axis=0)
+        np.testing.assert_allclose(updated["batch_stats"][name], mean, rtol=1e-5, atol=1e-7)
+    np.testing.assert_array_equal(grouped.apply(variables, x[:5], train=False), norm.apply(variables, x[:5], train=False))
+    with pytest.raises(ValueError, match="bn_group_size=2: expected a divisor of the batch of 5 images"):
+        normalised(grouped, x[:5])

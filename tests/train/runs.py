@@ -46,11 +46,11 @@ def imagenet_config(**changes) -> ConfigDict:
     return config
 
 
-def parts(config: ConfigDict, mesh: jax.sharding.Mesh, steps_per_epoch: int = 10):
-    """Model, state at step 0 and train step, as the loop makes them."""
+def parts(config: ConfigDict, mesh: jax.sharding.Mesh, make_state=create_state, steps_per_epoch: int = 10):
+    """Model, state at step 0 (or `abstract_state`, which compiles nothing) and train step, as the loop makes them."""
     model = make_model(config)
     optimizer, rates = make_optimizer(config), schedule.make_schedule(config, steps_per_epoch)
-    state = create_state(model, optimizer, config, mesh)
+    state = make_state(model, optimizer, config, mesh)
     total_steps = schedule.total_epochs(config) * steps_per_epoch
     return model, state, make_train_step(model, optimizer, rates, config, mesh, total_steps)
 

@@ -7,6 +7,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from fastervit_jax.train import sharding
+from fastervit_jax.train.state import abstract_state
 from tests.train import runs
 
 # All that the devices have to agree on: averages, MESA, LAMB's norms, statistics of groups, parts of a batch.
@@ -15,9 +16,20 @@ CHANGES = {"ema_decay": 0.9, "mesa": 1.0, "mesa_start_ratio": 0.1, "optimizer": 
 STEPS = 6
 
 
-def train(devices: int, fsdp: int):
+def started(devices: int, fsdp: int, state=None):
+    """State, train step and mesh on so many devices; from the given state's values."""
     mesh = sharding.make_mesh(jax.devices()[:devices], fsdp=fsdp)
-    _, state, train_step = runs.parts(runs.config(**CHANGES), mesh)
+    config = runs.config(**CHANGES)
+    if state is None:
+        _, state, train_step = runs.parts(config, mesh)
+    else:
+        _, abstract, train_step = runs.parts(config, mesh, abstract_state)
+        state = jax.tree.map(lambda x, to: jax.device_put(x, to.sharding), state, abstract)
+    return state, train_step, mesh
+
+
+def trained(state, train_step, mesh):
+    """The state after some steps, and the figures of each."""
     figures = []
     for step in range(STEPS):
         state, metrics = train_step(state, runs.batch_of_digits(step, 64, mesh))
@@ -28,35 +40,37 @@ def train(devices: int, fsdp: int):
 
 @pytest.fixture(scope="module")
 def alone():
-    return train(1, 1)
+    """On one device: the first state, and what becomes of it."""
+    state, train_step, mesh = started(1, 1)
+    first = jax.device_get(state)
+    return first, *trained(state, train_step, mesh)
 
 
 @pytest.mark.parametrize("fsdp", [1, 8, 4])
 def test_every_mesh_computes_the_same(fsdp, alone):
-    state, figures = train(8, fsdp)
-    for step, (here, there) in enumerate(zip(figures, alone[1], strict=True)):
+    first, last, expected = alone
+    state, figures = trained(*started(8, fsdp, first))
+    for step, (here, there) in enumerate(zip(figures, expected, strict=True)):
         assert set(here) == set(there)
         for name in ("loss", "mesa", "gradient_norm", "parameter_norm"):
             np.testing.assert_allclose(here[name], there[name], rtol=1e-4, atol=1e-6, err_msg=f"{name}, step {step}")
     assert figures[-1]["mesa"] > 0
-    for here, there in zip(jax.tree.leaves(state.ema), jax.tree.leaves(alone[0].ema), strict=True):
+    for here, there in zip(jax.tree.leaves(state.ema), jax.tree.leaves(last.ema), strict=True):
         np.testing.assert_allclose(here, there, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("fsdp", [1, 2, 8])
-def test_bytes_on_each_device(fsdp):
-    """Of parameters, optimiser state and averages, read from the arrays."""
-    mesh = sharding.make_mesh(fsdp=fsdp)
-    config = runs.config(ema_decay=0.9, **{"model.dim": 32, "model.in_dim": 32})
-    _, state, _ = runs.parts(config, mesh)
+def test_an_eighth_of_the_bytes_on_each_device(alone):
+    """Of parameters, optimiser state and averages, read from the arrays, whose values are those on one device."""
+    state, _, mesh = started(8, 8)
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(state), alone[0])
     for tree in (state.params, state.opt_state, state.ema):
         arrays = jax.tree.leaves(tree)
         there = [sum(shard.data.nbytes for x in arrays for shard in x.addressable_shards if shard.device == device)
                  for device in mesh.devices.flat]
         assert len(set(there)) == 1
         whole = sum(x.nbytes for x in arrays)
-        # Vectors are whole on each device: 2 % of this model, 0.3 % of FasterViT-0.
-        assert whole / fsdp <= there[0] <= whole / fsdp + 0.03 * whole * (fsdp > 1)
+        # Vectors and small kernels are whole on each device: 5 % of this small model, 0.3 % of FasterViT-0.
+        assert whole / 8 <= there[0] <= whole / 8 + 0.05 * whole
 
 
 def test_rules():

@@ -11,6 +11,7 @@ from fastervit_jax.data import sources
 from fastervit_jax.model.fastervit import FasterViT
 from fastervit_jax.model.variants import ModelConfig
 from fastervit_jax.train import evaluate, sharding
+from fastervit_jax.train.state import abstract_state
 from tests.train import runs
 
 MESH = sharding.make_mesh(jax.devices()[:1])
@@ -18,7 +19,7 @@ MESH = sharding.make_mesh(jax.devices()[:1])
 
 def program(config) -> str:
     """The initialisation's and the train step's programs, as text."""
-    _, state, train_step = runs.parts(config, MESH)
+    _, state, train_step = runs.parts(config, MESH, abstract_state)
     size = config.data.image_size
     batch = {"image": jax.ShapeDtypeStruct((config.batch_size, size, size, config.model.in_chans), "uint8"),
              "label": jax.ShapeDtypeStruct((config.batch_size,), "int32"),
@@ -172,6 +173,75 @@ def test_a_bad_image_takes_its_partner_with_it():
         others[list(changed)] = (others[list(changed)] + 1) % 10
         second = step_metrics(images, others, weights, **mixing)["loss"]
         assert (abs(second / first - 1) > 1e-5) == counts
+
+
+PLAIN = {"model.drop_path_rate": 0.0, "augment.zoom": 0.0, "augment.shift": 0.0}
+
+
+def test_averages_follow_each_update():
+    config = runs.config(ema_decay=0.75)
+    _, state, train_step = runs.parts(config, MESH)
+    before = jax.device_get(state)
+    jax.tree.map(np.testing.assert_array_equal, before.ema, before.variables)
+    state, _ = train_step(state, runs.batch_of_digits(0, 64, MESH))
+    after = jax.device_get(state)
+    moved = jax.tree.map(lambda old, new: 0.75 * old + 0.25 * new, before.ema, after.variables)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6, atol=1e-8), after.ema, moved)
+    assert np.abs(after.params["head"]["kernel"] - before.params["head"]["kernel"]).max() > 1e-7
+
+
+def test_an_update_that_is_not_finite_is_skipped_as_a_whole():
+    """Statistics, averages and the optimiser's count, too; after max_bad_steps in a row nothing moves any more."""
+    _, state, train_step = runs.parts(runs.config(ema_decay=0.9, max_bad_steps=2), MESH)
+    good = runs.batch_of_digits(0, 64, MESH)
+    bad = {**good, "weight": good["weight"].at[3].set(jnp.nan)}
+
+    def after(state, batch):
+        state, metrics = train_step(state, jax.tree.map(jnp.copy, batch))
+        return state, jax.device_get((state, metrics))
+
+    state, (first, metrics) = after(state, good)
+    assert (metrics["bad_steps"], metrics["bad_steps_in_row"]) == (0, 0)
+    state, (second, metrics) = after(state, bad)
+    assert (metrics["bad_steps"], metrics["bad_steps_in_row"]) == (1, 1)
+    assert (second.step, second.bad_steps) == (2, 1)
+    jax.tree.map(np.testing.assert_array_equal, second, first.replace(step=second.step, bad_steps=second.bad_steps))
+    state, (third, metrics) = after(state, good)
+    assert (third.step, third.bad_steps, metrics["bad_steps"]) == (3, 0, 0)
+    assert not np.array_equal(third.params["head"]["kernel"], second.params["head"]["kernel"])
+    for count in (1, 2):
+        state, (last, _) = after(state, bad)
+        assert last.bad_steps == count
+    state, (held, metrics) = after(state, good)
+    assert (metrics["bad_steps"], metrics["bad_steps_in_row"]) == (0, 2)
+    jax.tree.map(np.testing.assert_array_equal, held, last)
+
+
+def test_parts_of_a_batch_make_the_whole():
+    """Two parts are two groups for batch norms: images 0, 2, 4, … and 1, 3, 5, …"""
+    batch = runs.batch_of_digits(0, 64, MESH)
+    order = np.r_[0:64:2, 1:64:2]
+    grouped = {name: x[order] for name, x in batch.items()}
+    results = []
+    for given, changes in ((batch, {"accumulate": 2}), (grouped, {"bn_group_size": 32}),
+                           (grouped, {"bn_group_size": 32, "remat": (True, True, True, True)}), (batch, {})):
+        _, state, train_step = runs.parts(runs.config(**PLAIN, **changes), MESH)
+        state, metrics = jax.device_get(train_step(state, jax.tree.map(jnp.copy, given)))
+        results.append((state.opt_state, [metrics[name] for name in ("loss", "accuracy", "gradient_norm")]))
+    (parts, metrics), (groups, expected), (again, recomputed), (_, whole) = results
+    np.testing.assert_allclose(metrics, expected, rtol=1e-5)
+    np.testing.assert_allclose(recomputed, expected, rtol=1e-5)
+    assert abs(whole[0] / expected[0] - 1) > 1e-5  # the groups do make a difference
+    for moments in (parts, again):  # after one step, Adam's averages are the gradients
+        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-6), moments, groups)
+
+
+@pytest.mark.parametrize(("loss", "expected"), [
+    ("cross_entropy", 2.3), ("binary_cross_entropy", 0.7)])
+def test_the_loss_that_the_config_names(loss, expected):
+    """At first all of ten classes are as likely: log 10 for one distribution over them, log 2 for ten yes or no."""
+    _, state, train_step = runs.parts(runs.config(loss=loss), MESH)
+    assert float(train_step(state, runs.batch_of_digits(0, 64, MESH))[1]["loss"]) == pytest.approx(expected, rel=0.1)
 
 
 def evaluate_logits(logits, labels, weights, classes):
