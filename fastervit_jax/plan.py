@@ -27,10 +27,9 @@ from jax.experimental import topologies
 from ml_collections import ConfigDict
 
 from fastervit_jax.model.fastervit import FasterViT
-from fastervit_jax.model.variants import ModelConfig
 from fastervit_jax.train import command, schedule, sharding, speed
 from fastervit_jax.train.optimizer import make_optimizer
-from fastervit_jax.train.state import abstract_state
+from fastervit_jax.train.state import abstract_state, make_model
 from fastervit_jax.train.step import make_train_step
 
 STEPS_PER_EPOCH = 1000  # the program is the same for any other number
@@ -219,7 +218,7 @@ def plan(config: ConfigDict, devices: list[Any], chip: Chip | None) -> tuple[dic
         mesh = sharding.make_mesh(devices, data=config.mesh.data, fsdp=config.mesh.fsdp)
     except ValueError as error:
         raise PlanError(str(error)) from error
-    model, optimizer = FasterViT(ModelConfig(**config.model)), make_optimizer(config)
+    model, optimizer = make_model(config), make_optimizer(config)
     total_steps = schedule.total_epochs(config) * STEPS_PER_EPOCH
     step = make_train_step(
         model, optimizer, schedule.make_schedule(config, STEPS_PER_EPOCH), config, mesh, total_steps)
@@ -229,7 +228,8 @@ def plan(config: ConfigDict, devices: list[Any], chip: Chip | None) -> tuple[dic
         "device_kind": f"{chip.name}, {chip.memory}" if chip else devices[0].device_kind,
         "platform": devices[0].platform, "jax": jax.__version__, "mesh": dict(mesh.shape),
         "batch": config.batch_size, "batch_a_device": config.batch_size // len(devices),
-        "accumulate": config.accumulate, "remat": config.remat, "dtype": config.model.dtype,
+        "accumulate": config.accumulate, "remat": config.remat, "bn_group_size": config.bn_group_size,
+        "dtype": config.model.dtype,
         "parameters": sum(math.prod(x.shape) for x in jax.tree.leaves(state.params)),
         "model_flops": 3 * speed.model_flops(
             model, state.variables, config.data.image_size, config.batch_size) * config.batch_size / len(devices),

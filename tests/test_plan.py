@@ -18,11 +18,9 @@ from ml_collections import ConfigDict
 
 from configs import digits
 from fastervit_jax import plan
-from fastervit_jax.model.fastervit import FasterViT
-from fastervit_jax.model.variants import ModelConfig
 from fastervit_jax.train import sharding
 from fastervit_jax.train.optimizer import make_optimizer
-from fastervit_jax.train.state import create_state
+from fastervit_jax.train.state import create_state, make_model
 
 SMALL = {"model.depths": (1, 1, 1, 1), "model.dim": 16, "model.in_dim": 8, "model.hat": (False,) * 4,
          "data.image_size": 32, "batch_size": 64, "ema_decay": 0.9, "augment.zoom": 0.0, "augment.shift": 0.0}
@@ -51,7 +49,7 @@ def planned():
 def bytes_of_one(config: ConfigDict, fsdp: int) -> tuple[int, int]:
     """Of state and batch on the first of 8 devices, from the arrays themselves."""
     mesh = sharding.make_mesh(jax.devices()[:8], fsdp=fsdp)
-    model, optimizer = FasterViT(ModelConfig(**config.model)), make_optimizer(config)
+    model, optimizer = make_model(config), make_optimizer(config)
     shapes = jax.eval_shape(lambda: create_state(model, optimizer, config, mesh))
     state = jax.tree.map(lambda x, lying: jax.device_put(np.zeros(x.shape, x.dtype), lying),
                          shapes, sharding.shardings(shapes, mesh))
@@ -78,7 +76,7 @@ def test_arguments_are_the_arrays(planned):
 def test_fsdp_splits_the_state(planned):
     config = small()
     mesh = sharding.make_mesh(jax.devices()[:8])
-    state, _ = plan.abstract_inputs(FasterViT(ModelConfig(**config.model)), make_optimizer(config), config, mesh)
+    state, _ = plan.abstract_inputs(make_model(config), make_optimizer(config), config, mesh)
     whole = plan.bytes_a_device(state)
     assert whole == bytes_of_one(config, fsdp=1)[0]
     assert 1 / 8 < planned["state_bytes"] / whole < 1 / 8 + 0.05  # vectors are on every device
@@ -183,6 +181,19 @@ def test_a_slice_has_one_device_a_chip():
         assert {device.device_kind for device in devices} == {kind}
     with pytest.raises(plan.PlanError, match="libtpu does not know this shape"):
         plan.tpu_devices("v5e:3x3")
+
+
+def test_the_model_is_computed_as_the_config_says(monkeypatch):
+    def step(model, optimizer, schedule, config, mesh, total_steps):
+        assert (model.remat, model.bn_group_size) == ((True, False, True, False), 16)
+        assert (mesh.shape, total_steps) == ({"data": 4, "fsdp": 2}, 3 * plan.STEPS_PER_EPOCH)
+        raise NotImplementedError
+
+    monkeypatch.setattr(plan, "make_train_step", step)
+    config = small(remat=(True, False, True, False), bn_group_size=16, epochs=2, cooldown_epochs=1, warmup_epochs=1,
+                   **{"mesh.fsdp": 2})
+    with pytest.raises(NotImplementedError):
+        plan.plan(config, jax.devices()[:8], None)
 
 
 def test_batch_and_mesh_must_fit_the_devices():
