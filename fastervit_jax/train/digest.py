@@ -39,11 +39,9 @@ def _mix(x: jax.Array) -> jax.Array:
     return x ^ (x >> jnp.uint32(16))
 
 
-def _words(x: jax.Array) -> jax.Array:
-    """The bits of each value."""
-    if x.dtype == jnp.bool_:
-        return x.astype(jnp.uint32)
-    return lax.bitcast_convert_type(x, WORDS[x.dtype.itemsize]).astype(jnp.uint32)
+def _bits(x: jax.Array) -> jax.Array:
+    """Of each value, as they are: XLA may compute with bfloat16 as float32, which loses what NaNs hold."""
+    return x.astype(jnp.uint8) if x.dtype == jnp.bool_ else lax.bitcast_convert_type(x, WORDS[x.dtype.itemsize])
 
 
 def _digest(arrays: list[jax.Array]) -> jax.Array:
@@ -53,7 +51,7 @@ def _digest(arrays: list[jax.Array]) -> jax.Array:
         alike[x.shape, x.dtype].append(i)
     sums = []
     for (shape, _), places in alike.items():
-        words = _words(lax.optimization_barrier(jnp.stack([arrays[i] for i in places])))
+        words = lax.optimization_barrier(jnp.stack([_bits(arrays[i]) for i in places])).astype(jnp.uint32)
         place = jnp.zeros((1, *shape), jnp.uint32)
         for axis, length in enumerate(shape, 1):
             place = place * jnp.uint32(length) + lax.broadcasted_iota(jnp.uint32, place.shape, axis)

@@ -32,7 +32,7 @@ DAMAGES = "flip a bit", "cut off", "delete", "zero"
 
 
 def make_state(seed: int, mesh: jax.sharding.Mesh) -> TrainState:
-    """46 arrays: matrices that fsdp splits, vectors, scalars, float32, bfloat16, int32, bool."""
+    """43 arrays: matrices that fsdp splits, vectors, scalars, float32, bfloat16, int32, bool."""
     rng = np.random.default_rng(seed)
 
     def normal(*shape, dtype=jnp.float32):
@@ -43,7 +43,7 @@ def make_state(seed: int, mesh: jax.sharding.Mesh) -> TrainState:
     statistics = {"norm": {"mean": normal(64), "var": normal(64)}}
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam())
     opt_state = jax.tree.map(lambda x: x if x.ndim == 0 else normal(*x.shape, dtype=x.dtype), optimizer.init(params))
-    average = jax.tree.map(lambda x: x + 1, {"params": params, "batch_stats": statistics})
+    average = jax.tree.map(lambda x: ~x if x.dtype == bool else x + 1, {"params": params, "batch_stats": statistics})
     state = TrainState(step=jnp.int32(seed), params=params, batch_stats=statistics, opt_state=opt_state, ema=average,
                        bad_steps=jnp.int32(7 * seed))
     return jax.device_put(state, sharding.shardings(state, mesh))
