@@ -11,6 +11,7 @@ until a timeout.
 import asyncio
 import concurrent.futures
 import contextlib
+import functools
 import gc
 import itertools
 import json
@@ -271,6 +272,12 @@ def _fits(tree: Any, target: Any) -> bool:
                zip(jax.tree.leaves(tree), jax.tree.leaves(target), strict=True))
 
 
+@functools.lru_cache(maxsize=4)
+def _compiled_copy(leaves: tuple[jax.ShapeDtypeStruct, ...]) -> jax.stages.Compiled:
+    where = [x.sharding for x in leaves]
+    return jax.jit(lambda arrays: [jnp.copy(x) for x in arrays], out_shardings=where).lower(list(leaves)).compile()
+
+
 def _has_room(state: Any) -> bool:
     """Whether the devices can hold another one, going by the most that they have held."""
     sizes = {}
@@ -326,11 +333,9 @@ class Checkpoints(contextlib.AbstractContextManager):
 
     def _compile(self, target: TrainState) -> None:
         """Starts it, in the background."""
-        copy = jax.jit(lambda state: jax.tree.map(jnp.copy, state),
-                       out_shardings=jax.tree.map(lambda x: x.sharding, target))
         self._target = target
         self._digests = self._worker.submit(Digests, target)
-        self._copy = self._worker.submit(lambda: copy.lower(target).compile())
+        self._copy = self._worker.submit(_compiled_copy, tuple(jax.tree.leaves(target)))
 
     @property
     def best(self) -> dict[str, Any] | None:
@@ -399,9 +404,10 @@ class Checkpoints(contextlib.AbstractContextManager):
                 self._say("the devices have no room for a copy of the training state: training waits for each save")
         meta = {"step": step, "acc1": acc1, "best": self._best, "extra": extra}
         blocks = wait or not self._copies
+        arrays, structure = jax.tree.flatten(state)
         for again in (True, False):
             sums = digests.start(state)
-            items = _items(state if blocks else copy(state))
+            items = _items(state if blocks else jax.tree.unflatten(structure, copy(arrays)))
             self._saving = self._worker.submit(self._save, next(self._saves), items, meta, digests, sums)
             error = self._wait() if blocks else ""
             if not error or not wait:

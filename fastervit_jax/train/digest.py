@@ -6,6 +6,7 @@ once in 2^64.
 """
 
 import collections
+import functools
 import math
 from typing import Any
 
@@ -63,6 +64,13 @@ def _digest(arrays: list[jax.Array]) -> jax.Array:
     return jnp.concatenate(sums)[np.argsort(np.concatenate(list(alike.values())))]
 
 
+@functools.lru_cache(maxsize=16)
+def _compiled(leaves: tuple[jax.ShapeDtypeStruct, ...]) -> jax.stages.Compiled:
+    meshes = [x.sharding.mesh for x in leaves if isinstance(x.sharding, NamedSharding)]
+    everywhere = NamedSharding(meshes[0], PartitionSpec()) if meshes else None
+    return jax.jit(_digest, out_shardings=everywhere).lower(list(leaves)).compile()
+
+
 class Digests:
     """The function from a tree of arrays to their digests, compiled.
 
@@ -83,9 +91,7 @@ class Digests:
                 values = 0
             parts[-1].append(x)
             values += size
-        meshes = [x.sharding.mesh for x in leaves if isinstance(x.sharding, NamedSharding)]
-        whole = NamedSharding(meshes[0], PartitionSpec()) if meshes else None
-        self._programs = [(len(part), jax.jit(_digest, out_shardings=whole).lower(part).compile()) for part in parts]
+        self._programs = [(len(part), _compiled(tuple(part))) for part in parts]
 
     def start(self, tree: Any) -> list[jax.Array]:
         """Starts the computation, and returns what `read` takes; the arrays may be donated then."""
