@@ -191,15 +191,21 @@ def _open_safetensors(path: pathlib.Path, ema: bool) -> Source:
 
 
 def _open_orbax(path: pathlib.Path, ema: bool) -> Source:
-    """A folder with config.json, and the arrays in variables/ (from convert) or checkpoints/STEP/variables/ (a run)."""
+    """A folder with config.json, and the arrays in variables/ (from convert), or in checkpoints/STEP/ of a run.
+
+    There they are in variables/, those that are averaged in ema/. A step under another name is not whole.
+    """
     import orbax.checkpoint as ocp
 
-    steps = sorted((p for p in path.glob("checkpoints/*/variables") if p.parent.name.isdigit()),
+    steps = sorted((p for p in path.glob("checkpoints/*/variables") if p.parent.name.isdecimal()),
                    key=lambda p: int(p.parent.name))
     folder = path / "variables" if (path / "variables").exists() else steps[-1] if steps else None
     if folder is None or not (path / "config.json").exists():
         raise WeightsError("the folder is none of ours: expected config.json, and variables/ (made by convert) or "
                            "checkpoints/STEP/variables/ (made by train.py)")
+    averaged = ema and folder.parent != path and (folder.parent / "ema").exists()
+    if averaged:
+        folder = folder.parent / "ema"
     # In parts of a quarter of a gigabyte, so that the whole is in memory once, not twice.
     handler = ocp.PyTreeCheckpointHandler(restore_concurrent_gb=0.25)
     arrays = {}
@@ -222,6 +228,6 @@ def _open_orbax(path: pathlib.Path, ema: bool) -> Source:
         handler.close()
     source = Source(str(folder), arrays, stated=stated, is_folder=True,
                     side=side if isinstance(side, int) else None)
-    if ema:
+    if ema and not averaged:
         source.warnings.append("ema=True, but the folder has one set of weights: loaded it")
     return source

@@ -388,6 +388,27 @@ def test_round_trip(form, model, variables, tmp_path):
     assert_same(same, variables)
 
 
+def test_run(model, variables, tmp_path, caplog):
+    """The newest step that is whole; of a run with averaged weights, either."""
+    fv.save_pretrained(model, variables, tmp_path / "a")
+    others = jax.tree.map(lambda x: x + 1, variables)
+    fv.save_pretrained(model, others, tmp_path / "b")
+    steps = tmp_path / "a" / "checkpoints"
+    for name in ("9", "damaged_11", "12.orbax-checkpoint-tmp-0"):
+        shutil.copytree(tmp_path / "a" / "variables", steps / name / "variables")
+    (tmp_path / "a" / "variables").rename(steps / "variables")
+    shutil.copytree(tmp_path / "b" / "variables", steps / "10" / "variables")
+    assert_same(fv.from_pretrained(tmp_path / "a")[1], others)
+    assert not caplog.records
+    assert_same(fv.from_pretrained(tmp_path / "a", ema=True)[1], others)
+    assert "ema=True, but the folder has one set of weights" in caplog.text
+    caplog.clear()
+    (steps / "variables").rename(steps / "10" / "ema")
+    assert_same(fv.from_pretrained(tmp_path / "a", ema=True)[1], variables)
+    assert_same(fv.from_pretrained(tmp_path / "a")[1], others)
+    assert not caplog.records
+
+
 def test_what_cannot_be_saved(model, variables, tmp_path):
     with pytest.raises(ValueError, match=r"expected a name that ends in \.safetensors"):
         fv.save_pretrained(model, variables, tmp_path / "a.npz", resolution=SIDE)
