@@ -1,5 +1,6 @@
 """The real loop on real digits: it learns, compiles once, resumes exactly, and is the same on 8 devices."""
 
+import itertools
 import json
 import os
 import pathlib
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 
 import fastervit_jax as fv
-from fastervit_jax.train import loop
+from fastervit_jax.train import loop, processes
 from tests.train import runs
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -30,7 +31,7 @@ def test_it_learns_and_says_so(whole):
     workdir, result = whole
     written = runs.lines(workdir)
     losses = [line["train/loss"] for line in written if "train/loss" in line]
-    assert len(losses) == 12  # 2 epochs of 22 steps: every 4th step and the end of each epoch
+    assert len(losses) == 11  # of 44 steps every 4th
     assert losses[0] > 2.2
     assert losses[-1] < 2.1
     evaluations = [line for line in written if "eval/acc1" in line]
@@ -39,11 +40,17 @@ def test_it_learns_and_says_so(whole):
     assert result["acc1"] > 50
     assert result["images"] == 355
     events = b"".join(path.read_bytes() for path in (workdir / "tensorboard").iterdir())
-    assert events.count(b"train/loss") == 12
+    assert events.count(b"train/loss") == 11
     assert events.count(b"eval/acc1") == 2
     saved = json.loads((workdir / "config.json").read_text())
     assert saved["model"]["dim"] == 8
     assert saved["clip_norm"] == 5.0
+    speeds = [json.loads(line) for line in (workdir / "speed.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in speeds] == list(range(4, 45, 4))
+    assert all(line["speed/images_per_second"] > 0 for line in speeds)
+    # The best evaluation was the last.
+    (_, best), (_, last) = fv.from_pretrained(workdir / "best.safetensors"), fv.from_pretrained(workdir)
+    jax.tree.map(np.testing.assert_array_equal, best, last)
 
 
 def test_eight_devices_give_the_same_curve(whole, tmp_path):
@@ -68,6 +75,21 @@ def test_stopped_anywhere_it_ends_the_same(stop, whole, tmp_path, monkeypatch):
     assert runs.lines(tmp_path) == runs.lines(whole[0])
 
 
+@pytest.mark.parametrize("polls", [13, 25])  # after step 12, in mid-interval and mid-epoch; in the evaluation at 22
+def test_asked_to_stop_it_saves_and_goes_on(polls, whole, tmp_path, monkeypatch, capfd):
+    with monkeypatch.context() as patch:
+        asked = itertools.count(1)
+        patch.setattr(processes.Stop, "requested", lambda self: next(asked) > polls)
+        with pytest.raises(processes.Stopped) as stopped:
+            loop.train(runs.config(), tmp_path)
+    assert stopped.value.code == 75
+    step = min(polls, 22)
+    assert f"saved after step {step:,} in {tmp_path}" in capfd.readouterr().out
+    assert loop.train(runs.config(), tmp_path) == whole[1]
+    assert f"going on after step {step} in" in capfd.readouterr().out
+    assert runs.lines(tmp_path) == runs.lines(whole[0])
+
+
 def test_one_compilation_and_no_implicit_transfer(tmp_path, monkeypatch, capfd):
     make_train_step = loop.make_train_step
     made = []
@@ -82,17 +104,20 @@ def test_one_compilation_and_no_implicit_transfer(tmp_path, monkeypatch, capfd):
         return step
 
     monkeypatch.setattr(loop, "make_train_step", make_guarded_step)
-    config = runs.config(epochs=5, eval_every_epochs=3, checkpoint_every_epochs=2, keep_checkpoints=2)
+    config = runs.config(epochs=5, eval_every_epochs=3, checkpoint_every_epochs=2, keep_checkpoints=2, keep_best=False,
+                         profile="3:4")
     loop.train(config, tmp_path, jax.devices()[:1])
     assert made[0]._cache_size() == 1
 
     # Beside: every third epoch is evaluated, every second saved, the last both; the newest two saves are kept.
     assert [line["step"] for line in runs.lines(tmp_path) if "eval/acc1" in line] == [66, 110]
     assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"88", "110"}
+    assert not (tmp_path / "best.safetensors").exists()
+    assert list((tmp_path / "profile").rglob("*.xplane.pb"))
     out, error = capfd.readouterr()
     assert f"starting in {tmp_path}" in out
     assert "epoch   3 * Acc@1" in out
-    assert "images/s, accuracy=" in error
+    assert "images/s, loss " in error
     assert "100%" in error
 
 
@@ -128,6 +153,19 @@ def test_one_compilation_and_no_implicit_transfer(tmp_path, monkeypatch, capfd):
         ({"model.window_size": (4, 4, 4, 2)}, r"images of 64 pixels stage 2 has a single window of 4 tokens a side"),
         ({"seed": -1}, r"config.seed=-1: expected at least 0"),
         ({"keep_checkpoints": 0}, r"config.keep_checkpoints=0: expected at least 1"),
+        ({"optimizer": "sgd"}, r"config.optimizer='sgd': expected one of adamw, lamb"),
+        ({"loss": "hinge"}, r"config.loss='hinge': expected one of cross_entropy, binary_cross_entropy"),
+        ({"ema_decay": 1.0}, r"config.ema_decay=1.0: expected 0 or more, less than 1"),
+        ({"mesa": 1.0}, r"config.mesa=1.0 with config.ema_decay=0: MESA learns from the averaged weights"),
+        ({"layer_decay": 0.0}, r"config.layer_decay=0.0: expected more than 0, at most 1"),
+        ({"remat": (True, False)}, r"config.remat=\(True, False\): expected 4 values"),
+        ({"accumulate": 3}, r"config.accumulate=3: expected a divisor of config.batch_size=64"),
+        ({"accumulate": 4, "bn_group_size": 32}, r"bn_group_size=32: expected a divisor of the 16 images"),
+        ({"mesh.data": 2, "mesh.fsdp": 2}, r"config.mesh.data=2, config.mesh.fsdp=2: there are 8 devices"),
+        ({"max_bad_steps": 0}, r"config.max_bad_steps=0: expected at least 1"),
+        ({"stuck_after": 0.0}, r"config.stuck_after=0.0: expected more than 0"),
+        ({"profile": "5"}, r"config.profile='5': expected FIRST:LAST, two steps, as in 100:105"),
+        ({"profile": "7:5"}, r"config.profile='7:5': expected FIRST:LAST"),
         ({"init_from_ema": True}, r"config.init_from_ema=True without config.init_from"),
         ({"init_from": "no_such.pth"}, r"no file, folder or registered model 'no_such.pth'"),
         ({"init_from": str(ROOT / "tests/golden/torch_save.pth")}, r"torch_save.pth .*no FasterViT"),
