@@ -163,7 +163,7 @@ def test_weights_after_the_last_step(ours, theirs):
     start = official.official_weights(jax.tree.map(jnp.asarray, official.model_and_variables(CASE)[1]))
     moved = compare(start, theirs, "weights")[0]
     print(f"weights {error:.1e} ({name}); those that they started with {moved:.1e}")
-    assert error < 1e-2 < moved
+    assert error < 3e-3 < moved
 
 
 def test_averages_after_the_last_step(ours, theirs):
@@ -172,7 +172,7 @@ def test_averages_after_the_last_step(ours, theirs):
                    for arrays in (ours[2], ours[1][-1]))
     error, name = compare(once, theirs, "ema")
     print(f"averages {error:.1e} ({name}); weights and their averages {compare(after, theirs, 'ema')[0]:.1e}")
-    assert error < 1e-2 < compare(after, theirs, "ema")[0]
+    assert error < 3e-3 < compare(after, theirs, "ema")[0]
 
 
 def test_averages_are_timms_of_the_same_weights(ours, theirs):
