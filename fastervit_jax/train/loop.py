@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 from tqdm import tqdm
@@ -17,7 +18,7 @@ from fastervit_jax.train import evaluate, metrics, processes, schedule, sharding
 from fastervit_jax.train.check import check, profiled_steps
 from fastervit_jax.train.checkpoint import Checkpoints
 from fastervit_jax.train.optimizer import make_optimizer
-from fastervit_jax.train.state import TrainState, create_state, load_weights, make_model
+from fastervit_jax.train.state import TrainState, abstract_state, create_state, load_weights, make_model
 from fastervit_jax.train.step import make_train_step
 from fastervit_jax.weights import pretrained
 
@@ -26,7 +27,27 @@ AHEAD = 2
 
 
 class TrainingError(RuntimeError):
-    """Training cannot go on: updates that are not finite, one after the other."""
+    """Training cannot go on: `count` updates in a row, up to that of step `last`, were not finite."""
+
+    def __init__(self, count: int, last: int):
+        super().__init__(
+            f"the updates of steps {last - count + 1:,} to {last:,} were skipped, since loss or gradient was not finite "
+            f"(config.max_bad_steps={count}). The state, which they did not change, is saved as step {last:,}. Started "
+            "again, the run goes on with the next step; if that fails too, start another with a lower "
+            "config.learning_rate or config.clip_norm")
+
+
+def open_sources(config: ConfigDict) -> tuple[sources.Source, sources.Source, int]:
+    """What to train on and to evaluate on, and the steps of an epoch. Raises ValueError if there cannot be any."""
+    train_source = sources.make_source(config, config.data.train_split)
+    eval_source = sources.make_source(config, config.data.eval_split)
+    if train_source.multi_label:
+        raise ValueError(f"{train_source.name} has several labels an image, which are for evaluation; expected "
+                         "config.data.source with one")
+    steps_per_epoch = len(train_source) // config.batch_size
+    if steps_per_epoch == 0:
+        raise ValueError(f"config.batch_size={config.batch_size}: larger than the {len(train_source)} training images")
+    return train_source, eval_source, steps_per_epoch
 
 
 def train(config: ConfigDict, workdir: pathlib.Path, devices: list[jax.Device] | None = None) -> dict[str, Any]:
@@ -41,15 +62,7 @@ def train(config: ConfigDict, workdir: pathlib.Path, devices: list[jax.Device] |
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(processes.Stop())
         mesh = sharding.make_mesh(devices, data=config.mesh.data, fsdp=config.mesh.fsdp)
-        train_source = sources.make_source(config, config.data.train_split)
-        eval_source = sources.make_source(config, config.data.eval_split)
-        if train_source.multi_label:
-            raise ValueError(f"{train_source.name} has several labels an image, which are for evaluation; expected "
-                             "config.data.source with one")
-        steps_per_epoch = len(train_source) // config.batch_size
-        if steps_per_epoch == 0:
-            raise ValueError(
-                f"config.batch_size={config.batch_size}: larger than the {len(train_source)} training images")
+        train_source, eval_source, steps_per_epoch = open_sources(config)
         total_steps = schedule.total_epochs(config) * steps_per_epoch
         eval_every = config.eval_every_epochs * steps_per_epoch
         save_every = config.checkpoint_every_epochs * steps_per_epoch
@@ -58,7 +71,6 @@ def train(config: ConfigDict, workdir: pathlib.Path, devices: list[jax.Device] |
 
         model = make_model(config)
         optimizer, rates = make_optimizer(config), schedule.make_schedule(config, steps_per_epoch)
-        state = create_state(model, optimizer, config, mesh)
         train_step = make_train_step(model, optimizer, rates, config, mesh, total_steps)
         eval_step = evaluate.make_eval_step(model, config, mesh)
 
@@ -66,10 +78,12 @@ def train(config: ConfigDict, workdir: pathlib.Path, devices: list[jax.Device] |
             Checkpoints(workdir, keep=config.keep_checkpoints, keep_best=config.keep_best, say=say))
         if checkpoints.latest is not None:
             metrics.check_config(workdir, config)  # first: another model's checkpoint would look damaged
-        restored, left = checkpoints.restore(state), {"figures": [], "bad_records": [], "to_evaluate": False}
+        restored = checkpoints.restore(abstract_state(model, optimizer, config, mesh))
         if restored is not None:
             state, left = restored[0], restored[1]["extra"]  # figures since the last line, an evaluation half done
-            state = state.replace(bad_steps=jax.device_put(0, state.bad_steps.sharding))
+            state = state.replace(bad_steps=jax.jit(jnp.zeros_like, donate_argnums=0)(state.bad_steps))
+        else:
+            state, left = create_state(model, optimizer, config, mesh), {}
         first_step = int(state.step)
         batches = stack.enter_context(contextlib.closing(loader.train_batches(
             train_source, config, first_step=first_step, last_step=total_steps, sharding=sharding.over_batch(mesh))))
@@ -103,12 +117,7 @@ def train(config: ConfigDict, workdir: pathlib.Path, devices: list[jax.Device] |
             figures.extend(_fetch(in_flight))
             in_flight.clear()
             if figures and figures[-1]["bad_steps_in_row"] >= config.max_bad_steps:
-                last = int(state.step)
-                raise TrainingError(
-                    f"the updates of steps {last - config.max_bad_steps + 1:,} to {last:,} were skipped, since loss or "
-                    f"gradient was not finite (config.max_bad_steps={config.max_bad_steps}). The state, which they did "
-                    f"not change, is saved as step {last:,}. Started again, the run goes on with the next step; if "
-                    "that fails too, start another with a lower config.learning_rate or config.clip_norm")
+                raise TrainingError(config.max_bad_steps, int(state.step))
 
         def evaluated(step: int, *, write: bool) -> dict[str, Any]:
             for name, variables in (("eval", state.variables), ("eval_ema", state.ema)):
@@ -124,7 +133,8 @@ def train(config: ConfigDict, workdir: pathlib.Path, devices: list[jax.Device] |
                 writer.write(step, name, results.pop(name))
             return result
 
-        figures, bad_records, to_evaluate = left["figures"], left["bad_records"], left["to_evaluate"]
+        figures, bad_records = left.get("figures", []), left.get("bad_records", [])
+        to_evaluate = left.get("to_evaluate", False)
         in_flight, results, logged = [], {}, first_step - len(figures)
         try:
             if to_evaluate or first_step == total_steps:
