@@ -31,8 +31,8 @@ class TrainingError(RuntimeError):
 
     def __init__(self, count: int, last: int):
         super().__init__(
-            f"the updates of steps {last - count + 1:,} to {last:,} were skipped, since loss or gradient was not finite "
-            f"(config.max_bad_steps={count}). The state, which they did not change, is saved as step {last:,}. Started "
+            f"the updates of steps {last - count + 1:,} to {last:,} were skipped, since loss or gradient was not "
+            f"finite (config.max_bad_steps={count}). The state, which they did not change, is saved as step {last:,}. Started "
             "again, the run goes on with the next step; if that fails too, start another with a lower "
             "config.learning_rate or config.clip_norm")
 
@@ -81,7 +81,7 @@ def train(config: ConfigDict, workdir: pathlib.Path, devices: list[jax.Device] |
         restored = checkpoints.restore(abstract_state(model, optimizer, config, mesh))
         if restored is not None:
             state, left = restored[0], restored[1]["extra"]  # figures since the last line, an evaluation half done
-            state = state.replace(bad_steps=jax.jit(jnp.zeros_like, donate_argnums=0)(state.bad_steps))
+            state = state.replace(bad_steps=jax.jit(jnp.zeros_like)(state.bad_steps))
         else:
             state, left = create_state(model, optimizer, config, mesh), {}
         first_step = int(state.step)

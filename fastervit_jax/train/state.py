@@ -19,8 +19,8 @@ from fastervit_jax.weights.torch_file import WeightsError
 class TrainState:
     """`step`, an int32 scalar, counts batches; it and the seed determine all randomness, so no key is carried.
 
-    `ema` holds averaged parameters and batch statistics, or is None; `bad_steps`, an int32 scalar, counts the updates in
-    a row, up to this one, that were skipped.
+    `ema` holds averaged parameters and batch statistics, or is None; `bad_steps`, an int32 scalar, counts the updates
+    in a row, up to this one, that were skipped.
     """
 
     step: Any

@@ -187,6 +187,7 @@ def test_batch_norm_of_groups(key):
     for name in ("mean", "var"):
         mean = np.mean([stats["batch_stats"][name] for _, stats in apart], axis=0)
         np.testing.assert_allclose(updated["batch_stats"][name], mean, rtol=1e-5, atol=1e-7)
-    np.testing.assert_array_equal(grouped.apply(variables, x[:5], train=False), norm.apply(variables, x[:5], train=False))
+    evaluated = [module.apply(variables, x[:5], train=False) for module in (grouped, norm)]
+    np.testing.assert_array_equal(*evaluated)
     with pytest.raises(ValueError, match="bn_group_size=2: expected a divisor of the batch of 5 images"):
         normalised(grouped, x[:5])
