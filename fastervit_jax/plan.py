@@ -290,18 +290,19 @@ def memory_figures(memory: Any, limit: int | None) -> dict[str, Any]:
 
 
 def work_figures(cost: dict[str, float], figures: dict[str, Any], chip: Chip | None) -> dict[str, Any]:
-    """FLOPs and bytes by XLA's count, and the shortest time that the chip's peaks allow for them.
+    """FLOPs and bytes by XLA's count, and the time that the chip's peaks allow for each of them: a roofline.
 
-    XLA counts a loop's body once, however often it runs; the model's own products are never fewer.
+    XLA counts a loop's body once, however often it runs; the model's own products are never fewer. Its bytes include
+    those that a cache or on-chip memory may keep from the chip's memory, so only the time of the products is certain.
     """
     work = {"flops": cost["flops"], "accessed_bytes": cost["bytes accessed"]}
     if chip:
-        times = {"computation": max(work["flops"], figures["model_flops"]) / chip.flops}
+        work["computation_seconds"] = max(work["flops"], figures["model_flops"]) / chip.flops
+        work["memory_seconds"] = None
         if figures["platform"] != "cpu":  # whose program reads and writes other bytes than a GPU's
-            times["memory"] = work["accessed_bytes"] / chip.bandwidth
-        work["bound_by"] = max(times, key=times.get)
-        work["bound_seconds"] = times[work["bound_by"]]
-        work["bound_images_per_second"] = figures["batch"] / work["bound_seconds"]
+            work["memory_seconds"] = work["accessed_bytes"] / chip.bandwidth
+        work["roofline_seconds"] = max(work["computation_seconds"], work["memory_seconds"] or 0.0)
+        work["roofline_images_per_second"] = figures["batch"] / work["roofline_seconds"]
     return work
 
 
@@ -358,10 +359,12 @@ def report(figures: dict[str, Any]) -> str:
         lines.append(
             f"a chip and step: {f['model_flops'] / 1e12:,.3f} TFLOP, the model's products three times forward; XLA "
             f"counts {f['flops'] / 1e12:,.3f} TFLOP in {of_what}, {f['accessed_bytes'] / 1e9:,.1f} GB read and written")
-        if "bound_seconds" in f:
+        if "roofline_seconds" in f:
+            memory = "" if f["memory_seconds"] is None else (
+                f", {1e3 * f['memory_seconds']:,.1f} ms for bytes (of which some may stay on the chip)")
             lines.append(
-                f"no step is shorter than {1e3 * f['bound_seconds']:,.1f} ms, with {f['bound_by']} at its peak: at "
-                f"most {f['bound_images_per_second']:,.0f} images/s. This is a bound, not a measurement")
+                f"at the chip's peaks {1e3 * f['computation_seconds']:,.1f} ms a step for products{memory}: at most "
+                f"{f['roofline_images_per_second']:,.0f} images/s. This is a bound, not a measurement")
         exchanged = (f"{x['count']} {kind}, {x['bytes'] / 2**20:,.1f} MiB" for kind, x in f["collectives"].items())
         lines.append("exchanged between chips: " + ("; ".join(exchanged) or "nothing"))
     return "\n".join(lines)

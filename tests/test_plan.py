@@ -120,19 +120,19 @@ ENTRY %main (a: f32[4,2]) -> f32[] {
          "all-reduce": {"count": 3, "bytes": 4 * 8 + 2 * 8 + 4 + 4 * 8}}
 
 
-def test_the_bound_is_the_slower_of_two(planned):
+def test_the_roofline(planned):
     figures = {"platform": "tpu", "batch": 512, "model_flops": 0.0}
     chip = plan.TPUS["v5e"]
-    computing = plan.work_figures({"flops": 197e12, "bytes accessed": 1.0}, figures, chip)
-    assert (computing["bound_by"], computing["bound_seconds"], computing["bound_images_per_second"]) == (
-        "computation", 1.0, 512)
+    work = plan.work_figures({"flops": 197e12, "bytes accessed": 0.5 * 819e9}, figures, chip)
+    assert work == {"flops": 197e12, "accessed_bytes": 0.5 * 819e9, "computation_seconds": 1.0, "memory_seconds": 0.5,
+                    "roofline_seconds": 1.0, "roofline_images_per_second": 512}
     reading = plan.work_figures({"flops": 197e12, "bytes accessed": 2 * 819e9}, figures, chip)
-    assert (reading["bound_by"], reading["bound_seconds"]) == ("memory", 2.0)
+    assert (reading["roofline_seconds"], reading["roofline_images_per_second"]) == (2.0, 256)
     more = plan.work_figures({"flops": 0.0, "bytes accessed": 0.0}, {**figures, "model_flops": 394e12}, chip)
-    assert more["bound_seconds"] == 2.0
+    assert more["roofline_seconds"] == 2.0
     # XLA:CPU's bytes are not a GPU's, its products are: at least the model's own.
-    assert planned["bound_by"] == "computation"
-    assert planned["bound_seconds"] == max(planned["flops"], planned["model_flops"]) / 989e12
+    assert planned["memory_seconds"] is None
+    assert planned["roofline_seconds"] == max(planned["flops"], planned["model_flops"]) / 989e12
     assert 0.5 < planned["model_flops"] / planned["flops"] < 1
 
 
