@@ -2,14 +2,17 @@
 
     python -m fastervit_jax.benchmark data [--workers 1 2] [--seconds 5] [--repeat 3]
     python -m fastervit_jax.benchmark input [--variant faster_vit_0_224] [--batch 512] [--workers 16]
+    python -m fastervit_jax.benchmark train [--batch 128] [--devices 1 2 4] [--set mesh.fsdp=2 accumulate=4 ...]
 
 `data` decodes JPEGs on the host, alone: in a plain loop, through the feed, and through tf.data where TensorFlow is
-installed. `input` trains from JPEGs, and tells how long the step waits for them and what augmentation takes of it. Both
-print a line of JSON a figure. Their JPEGs are 500×375 cuts of scikit-learn's two photographs with noise, 70 to 110 kB
-each, in a folder that is removed again.
+installed. `input` trains from JPEGs, and tells how long the step waits for them and what augmentation takes of it.
+Their JPEGs are 500×375 cuts of scikit-learn's two photographs with noise, 70 to 110 kB each, in a folder that is
+removed again. `train` trains on noise that is on the devices already, on each number of devices in turn with as many
+images a device: how fast, with how much memory, and what a checkpoint holds up. All print a line of JSON a figure.
 """
 
 import argparse
+import ast
 import contextlib
 import importlib.util
 import itertools
@@ -32,6 +35,7 @@ from sklearn.datasets import load_sample_images
 from configs import imagenet
 from fastervit_jax.data import augment, loader, sources
 from fastervit_jax.train import losses, schedule, sharding
+from fastervit_jax.train.checkpoint import Checkpoints
 from fastervit_jax.train.optimizer import make_optimizer
 from fastervit_jax.train.state import create_state, make_model
 from fastervit_jax.train.step import make_train_step
@@ -185,22 +189,87 @@ def benchmark_input(source: Any, config: ConfigDict, steps: int) -> None:
                  augmentation_ms=1e3 * augmentation, augmentation_share=augmentation / resident)
 
 
+def benchmark_train(config: ConfigDict, counts: list[int], steps: int, repeat: int) -> None:
+    """The recipe's step on so many devices each, config.batch_size images a device; efficiency against the first."""
+    first = None
+    for count in counts:
+        with config.unlocked():
+            own = ConfigDict(config)
+            own.batch_size = count * config.batch_size
+        mesh = sharding.make_mesh(jax.devices()[:count], data=own.mesh.data, fsdp=own.mesh.fsdp)
+        model, optimizer = make_model(own), make_optimizer(own)
+        rates = schedule.make_schedule(own, steps_per_epoch=1000)
+        state = create_state(model, optimizer, own, mesh)
+        train_step = make_train_step(model, optimizer, rates, own, mesh, total_steps=310_000)
+        rng, size = np.random.default_rng(0), own.data.image_size
+        batch = jax.device_put({
+            "image": rng.integers(0, 256, (own.batch_size, size, size, own.model.in_chans), np.uint8),
+            "label": rng.integers(0, own.model.num_classes, own.batch_size).astype(np.int32),
+            "weight": np.ones(own.batch_size, np.float32),
+        }, sharding.over_batch(mesh))
+        start = time.perf_counter()
+        compiled = train_step.lower(state, batch).compile()
+        compile_seconds = time.perf_counter() - start
+
+        def timed(state, during=lambda state: None, compiled=compiled, batch=batch):
+            """Seconds a step, and seconds that `during` took of the host after the first of them."""
+            state, metrics = jax.block_until_ready(compiled(state, batch))
+            start, held = time.perf_counter(), 0.0
+            for i in range(steps):
+                before, (state, metrics) = metrics, compiled(state, batch)
+                if i == 0:
+                    asked = time.perf_counter()
+                    during(state)
+                    held = time.perf_counter() - asked
+                jax.block_until_ready(before)  # as in training, the host is a step or two ahead
+            jax.block_until_ready(metrics)
+            return state, (time.perf_counter() - start) / steps, held
+
+        seconds = []
+        for _ in range(repeat):
+            state, step, _ = timed(state)
+            seconds.append(step)
+        step = statistics.median(seconds)
+        rate = own.batch_size / step
+        first = first or rate / count
+        with tempfile.TemporaryDirectory(prefix="fastervit_jax_benchmark_") as folder, Checkpoints(
+                pathlib.Path(folder), keep=1, keep_best=False, say=print) as checkpoints:
+            checkpoints.save(state, 0, wait=True)  # compiles what takes the digests
+            state, with_save, held = timed(state, lambda state, to=checkpoints: to.save(state, 1))
+        memory = [device.memory_stats() or {} for device in mesh.devices.flat]
+        tell(benchmark="train", variant=own.name.removeprefix("imagenet_"), device=mesh.devices.flat[0].device_kind,
+             devices=count, fsdp=mesh.shape["fsdp"], batch=own.batch_size, accumulate=own.accumulate,
+             compile_seconds=compile_seconds, step_ms=1e3 * step, lowest_ms=1e3 * min(seconds),
+             highest_ms=1e3 * max(seconds), images_per_second=rate, efficiency=rate / count / first,
+             peak_gib=max(x.get("peak_bytes_in_use", 0) for x in memory) / 2**30 or None,
+             temporary_gib=compiled.memory_analysis().temp_size_in_bytes / 2**30,
+             save_holds_host_ms=1e3 * held, save_costs_steps=(with_save - step) * steps / step)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["data", "input"])
+    parser.add_argument("what", choices=["data", "input", "train"])
     parser.add_argument("--variant", default="faster_vit_0_224", help="of configs/imagenet.py's recipe")
-    parser.add_argument("--batch", type=int, help="images a batch; default 64 for data, 512 for input")
+    parser.add_argument("--batch", type=int, help="images a batch; default 64 for data, 512 for input; for train 128, "
+                        "and a device")
     parser.add_argument("--workers", type=int, nargs="+", help="processes; default 1 2 for data, 16 for input")
     parser.add_argument("--images", type=int, default=512, help="JPEGs to make")
     parser.add_argument("--seconds", type=float, default=5.0, help="of each measurement of data")
     parser.add_argument("--repeat", type=int, default=3, help="rounds of data")
     parser.add_argument("--steps", type=int, default=180, help="of each measurement of input; the more workers, the "
                         "more batches are decoded ahead, which must be few beside these")
+    parser.add_argument("--devices", type=int, nargs="+", default=[1], help="of each measurement of train")
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="changes of the recipe's config")
     args = parser.parse_args()
     is_data = args.what == "data"
     workers = args.workers or ([1, 2] if is_data else [16])
 
     config = imagenet.get_config(args.variant)
+    config.update_from_flattened_dict({key: ast.literal_eval(value) for key, value in (x.split("=") for x in args.set)})
+    if args.what == "train":
+        config.batch_size = args.batch or 128
+        benchmark_train(config, args.devices, args.steps, args.repeat)
+        return
     with tempfile.TemporaryDirectory(prefix="fastervit_jax_benchmark_") as folder, config.unlocked():
         config.data.source, config.data.dir, config.data.workers = "folder", folder, workers[-1]
         config.model.num_classes = CLASSES

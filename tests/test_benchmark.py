@@ -6,11 +6,13 @@ import pathlib
 import subprocess
 import sys
 
+import pytest
+
 ROOT = pathlib.Path(__file__).parents[1]
 
 
-def figures(*arguments):
-    environment = {**os.environ, "XLA_FLAGS": ""}  # one device
+def figures(*arguments, devices=1):
+    environment = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
     process = subprocess.run([sys.executable, "-m", "fastervit_jax.benchmark", *arguments], cwd=ROOT, env=environment,
                              text=True, capture_output=True)
     assert process.returncode == 0, process.stderr
@@ -37,3 +39,13 @@ def test_input():
         assert line["batch"] == 8
         assert 0 <= line["waiting"] < 1
         assert line["augmentation_share"] == round(line["augmentation_share"], 4) > 0
+
+
+def test_train():
+    changes = {"data.image_size": 32, "model.hat": (False,) * 4, "augment.mix_group": 4, "augment.rand_augment_ops": 0,
+               "bn_group_size": 0, "mesa": 0.0}
+    [line] = figures("train", "--variant=testing", "--batch=4", "--devices", "2", "--steps=2", "--repeat=1", "--set",
+                     *(f"{key}={value}" for key, value in changes.items()), devices=2)
+    assert (line["variant"], line["devices"], line["batch"], line["efficiency"]) == ("testing", 2, 8, 1)
+    assert line["images_per_second"] == pytest.approx(8e3 / line["step_ms"], rel=1e-3)
+    assert line["save_holds_host_ms"] > 0
