@@ -4,6 +4,8 @@ import dataclasses
 import importlib
 import sys
 
+import jax
+import numpy as np
 import pytest
 from absl import flags
 from flax.traverse_util import flatten_dict
@@ -12,6 +14,8 @@ from ml_collections import config_flags
 from configs import common, digits, finetune, imagenet, imagenet21k
 from fastervit_jax.model.variants import VARIANTS, ModelConfig, get_variant, list_models
 from fastervit_jax.train import loop
+from fastervit_jax.train.check import check
+from tests.train import runs
 
 RECIPES = {"imagenet": imagenet, "imagenet21k": imagenet21k, "finetune": finetune}
 PUBLISHED = list_models("faster_vit_*")
@@ -75,7 +79,7 @@ def test_every_config_is_complete_and_can_run(recipe, argument):
             section.ct_sise = 2
     with pytest.raises(TypeError):
         config.model.ct_size = "two"
-    loop.check(config)
+    check(config)
     name = argument.split(",")[0] or {"digits": "", "imagenet": "faster_vit_0_224", "finetune": "faster_vit_4_21k_384",
                                       "imagenet21k": "faster_vit_4_21k_224"}[recipe]
     if recipe != "digits":
@@ -134,7 +138,7 @@ def test_smoke_keeps_the_recipe(recipe, name):
     whole, small = (flat(RECIPES[recipe].get_config(name + suffix)) for suffix in ("", ",smoke"))
     changed = {key for key in whole if whole[key] != small[key]}
     lowered = {"epochs", "warmup_epochs", "cooldown_epochs", "learning_rate_batch", "ema_decay", "bn_group_size",
-               "augment.mix_group", "data.workers", "log_every_steps", "eval_every_epochs"}  # fmt: skip
+               "augment.mix_group", "data.workers", "log_every_steps"}  # fmt: skip
     assert changed <= lowered | {
         "name", "batch_size", "data.source", "data.image_size", "model.num_classes", "model.dim", "model.in_dim",
         "model.depths", "model.window_size", "model.ct_size"}  # fmt: skip
@@ -181,3 +185,27 @@ def test_arguments_and_changes_on_the_command_line(monkeypatch):
     config = holder.value
     assert (config.name, config.mesa, config.mesh.fsdp) == ("imagenet_faster_vit_3_224_smoke", 2.0, 2)
     assert config.model.layer_scale == VARIANTS["faster_vit_3_224"].config.layer_scale
+
+
+def test_smoke_trains_as_the_recipe_says(tmp_path):
+    """Variant 4's: LAMB, averages, MESA from a quarter on, warm-up, cosine, cool-down; in six steps."""
+    config = imagenet.get_config("faster_vit_4_224,smoke")
+    config.update_from_flattened_dict({
+        "data.train_split": "train[:128]", "data.eval_split": "validation[:64]", "data.workers": 0,
+        "eval_every_epochs": 3, "checkpoint_every_epochs": 3, "log_every_steps": 1})
+    result = loop.train(config, tmp_path, jax.devices()[:1])
+    written = runs.lines(tmp_path)
+    steps = [line for line in written if "train/loss" in line]
+    assert [line["step"] for line in steps] == [1, 2, 3, 4, 5, 6]
+    assert all(line["train/bad_steps"] == 0 for line in steps)
+    # From a sixteenth of the recipe's rates, two steps of warm-up, two of a cosine whose clock runs from step 0 to 4.
+    first, peak, last = (rate / 4 for rate in (1e-6, 5e-3, 5e-6))
+    cosine = [last + (peak - last) * (1 + np.cos(np.pi * step / 4)) / 2 for step in (2, 3)]
+    np.testing.assert_allclose([line["train/learning_rate"] for line in steps],
+                               [first, (first + peak) / 2, *cosine, last, last], rtol=1e-5)
+    assert steps[0]["train/mesa"] == 0
+    assert all(line["train/mesa"] > 0 for line in steps[1:])
+    assert abs(steps[0]["train/loss"] - np.log(10)) < 0.2
+    assert [key for line in written for key in line if key.endswith("/acc1")] == ["eval/acc1", "eval_ema/acc1"]
+    assert result["images"] == 64
+    assert (tmp_path / "best.safetensors").exists()
