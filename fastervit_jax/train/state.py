@@ -35,7 +35,8 @@ class TrainState:
         return {"params": self.params, "batch_stats": self.batch_stats}
 
     def starting_from(self, variables: dict[str, Any]) -> "TrainState":
-        """The state with these parameters and batch statistics, and the average begun at them."""
+        """The state with these parameters and batch statistics, lying as its own do, and the average begun at them."""
+        variables = jax.tree.map(lambda x, own: jax.device_put(x, own.sharding), variables, self.variables)
         ema = self.ema and jax.tree.map(jnp.copy, variables)
         return self.replace(**variables, ema=ema)
 

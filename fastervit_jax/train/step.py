@@ -41,7 +41,7 @@ def make_train_step(
     Metrics are scalars on the devices. Accuracy is that on augmented images, for their own label; bad_steps is 1 for an
     update that was skipped, bad_steps_in_row the state's count.
     """
-    loss_of = losses.LOSSES[config.loss]
+    loss_of = losses.get_loss(config.loss)
     mesa_start = int(config.mesa_start_ratio * total_steps)
 
     def part_loss(params: Any, batch_stats: Any, state: TrainState, part: tuple, key: Array) -> tuple[Array, tuple]:
@@ -104,7 +104,8 @@ def make_train_step(
         ema = state.ema
         if ema is not None:
             new = {"params": params, "batch_stats": batch_stats}
-            ema = jax.tree.map(lambda old, x: config.ema_decay * old + (1 - config.ema_decay) * x, ema, new)
+            # Not d old + (1 - d) x: rounded to float32, d and 1 - d do not sum to 1.
+            ema = jax.tree.map(lambda old, x: old + (1 - config.ema_decay) * (x - old), ema, new)
 
         going_on = state.bad_steps < config.max_bad_steps
         gradient_norm = optax.tree.norm(grads)
