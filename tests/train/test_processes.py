@@ -3,6 +3,7 @@
 import contextlib
 import os
 import pathlib
+import shutil
 import signal
 import socket
 import subprocess
@@ -10,9 +11,12 @@ import sys
 import textwrap
 import time
 
+import jax
+import numpy as np
 import pytest
 
-from fastervit_jax.train import processes
+from fastervit_jax.train import loop, processes
+from tests.train import runs
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -25,12 +29,13 @@ def free_port() -> int:
 
 @pytest.fixture
 def launch():
-    """Starts Python processes with one CPU device each, and ends those that are left."""
+    """Starts Python with code or a script, one CPU device for each process, and ends those that are left."""
     started = []
 
     def start(code: str, *args: object, **environment: object) -> subprocess.Popen:
+        what = [code] if code.endswith(".py") else ["-c", textwrap.dedent(code)]
         started.append(subprocess.Popen(
-            [sys.executable, "-c", textwrap.dedent(code), *map(str, args)], cwd=ROOT, text=True,
+            [sys.executable, *what, *map(str, args)], cwd=ROOT, text=True,
             env={**os.environ, "XLA_FLAGS": "", **{name: str(value) for name, value in environment.items()}},
             stdout=subprocess.PIPE, stderr=subprocess.PIPE))
         return started[-1]
@@ -241,3 +246,38 @@ def test_a_watchdog_that_is_over_does_nothing():
     time.sleep(0.4)
     with pytest.raises(ValueError, match=r"config.stuck_after=0.0: expected seconds, more than 0"):
         processes.Watchdog(0.0)
+
+
+@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.large)])
+def test_training_is_stopped_and_goes_on_with_any_number_of_processes(count, launch, tmp_path):
+    def together() -> list[subprocess.Popen]:
+        port = free_port()
+        quickly = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"  # compiled, that is
+        return [launch("train.py", f"--coordinator=127.0.0.1:{port}", f"--processes={count}", f"--process={process}",
+                       f"--workdir={tmp_path / 'run'}", *runs.FLAGS, XLA_FLAGS=quickly) for process in range(count)]
+
+    running = together()
+    while not (tmp_path / "run/metrics.jsonl").exists() or not runs.lines(tmp_path / "run"):
+        assert running[0].poll() is None, running[0].communicate()[1]
+        time.sleep(0.05)
+    running[1].send_signal(signal.SIGTERM)
+    outputs = [process.communicate(timeout=300) for process in running]
+    assert [process.returncode for process in running] == [processes.EXIT_CODE] * count, outputs
+    assert "saved after step " in outputs[0][0]
+    assert not any("saved" in out for out, _ in outputs[1:])  # one speaks for all
+    shutil.copytree(tmp_path / "run", tmp_path / "alone")
+
+    running = together()
+    outputs = [process.communicate(timeout=300) for process in running]
+    assert [process.returncode for process in running] == [0] * count, outputs
+    assert "going on after step " in outputs[0][0]
+    loop.train(runs.config(), tmp_path / "alone", jax.devices()[:1])
+    loop.train(runs.config(), tmp_path / "whole", jax.devices()[:1])
+    whole = runs.lines(tmp_path / "whole")
+    for workdir in (tmp_path / "run", tmp_path / "alone"):
+        written = runs.lines(workdir)
+        assert [line.keys() for line in written] == [line.keys() for line in whole]
+        for line, expected in zip(written, whole, strict=True):
+            assert line["step"] == expected["step"]
+            for name in {"train/loss", "eval/loss"} & line.keys():
+                np.testing.assert_allclose(line[name], expected[name], rtol=1e-4, err_msg=f"{name} at {line['step']}")
