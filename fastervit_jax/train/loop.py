@@ -32,8 +32,8 @@ class TrainingError(RuntimeError):
     def __init__(self, count: int, last: int):
         super().__init__(
             f"the updates of steps {last - count + 1:,} to {last:,} were skipped, since loss or gradient was not "
-            f"finite (config.max_bad_steps={count}). The state, which they did not change, is saved as step {last:,}. Started "
-            "again, the run goes on with the next step; if that fails too, start another with a lower "
+            f"finite (config.max_bad_steps={count}). The state, which they did not change, is saved as step {last:,}. "
+            "Started again, the run goes on with the next step; if that fails too, start another with a lower "
             "config.learning_rate or config.clip_norm")
 
 
