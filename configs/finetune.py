@@ -10,10 +10,10 @@ safetensors, a run's workdir), or a registered name, whose published weights are
 name of the model to make of them, at its resolution and with its windows, which need not be those that the weights
 were trained with; where the classes differ, the head is new. `smoke` is a minute of the same on a CPU, with digits.
 
-Numbers. The official sources have none for this; ours are those that ConvNeXt was fine-tuned with from ImageNet-21K
-(30 epochs of AdamW without warm-up, batch 512, 5e-5, hardly any weight decay, neither mixup nor cutmix, the other
-augmentation as in training), but for a layer decay of 0.9 a block, which leaves the stem of 23 blocks 0.08 of the rate,
-and the averaging of configs/imagenet.py. None of this has been tried on ImageNet here.
+The numbers are ours, not FasterViT's authors'. They are those that ConvNeXt was fine-tuned with from ImageNet-21K (30
+epochs of AdamW without warm-up, batch 512, 5e-5, hardly any weight decay, neither mixup nor cutmix, the other
+augmentation as in training), but for the layer decay of 0.9 a block, which leaves the stem below 23 blocks 0.08 of the
+rate, and the averages of configs/imagenet.py. None of this has been tried on ImageNet here.
 
 - --config.accumulate=8 computes a batch in 8 parts, for large images; --config.remat="(True,True,True,True)" saves
   more memory.

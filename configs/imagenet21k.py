@@ -10,10 +10,10 @@ DIR has a folder of images a class, DIR/train/CLASS/a.jpg, and in DIR/val/CLASS/
 for ImageNet-21K comes without it. --config.data.source=NAME takes a prepared dataset of TFDS instead. The 21,841
 classes are the whole ImageNet's; for another selection, give --config.model.num_classes=NUMBER.
 
-What is not set below is as in configs/imagenet.py; the official sources say of this training only that there are 14 M
-images of 21,841 classes. So these are ours, and untried: 90 epochs with 5 of warm-up (as ConvNeXt and Swin do it), no
-last epochs at the final learning rate, and no MESA, whose second forward pass is dear with so many images. No run of
-this length has been done here; it has 90 epochs of 14.2 M images, 3.2 times as many images as configs/imagenet.py.
+From the paper are the data (14 M images of 21,841 classes) and the model. What is not set below is as in
+configs/imagenet.py. These numbers are ours, and untried: 90 epochs with 5 of warm-up (those of ConvNeXt), no epochs
+after them at the final learning rate, and no MESA, whose second forward pass is dear with so many images. No run of
+this length has been done here; 90 epochs of 14.2 M images are 3.2 times the images of configs/imagenet.py.
 """
 
 from ml_collections import ConfigDict
