@@ -223,6 +223,25 @@ def test_what_is_kept(opened, states, tmp_path):
     assert folders(tmp_path) == ["8"]
 
 
+def test_evaluated_after_it_was_saved(opened, states, told, monkeypatch):
+    with opened() as checkpoints:
+        checkpoints.save(states[1], 1, extra="not evaluated")
+        checkpoints.evaluated(1, 0.5, "evaluated")
+        assert checkpoints.best == {"step": 1, "acc1": 0.5}
+        assert not checkpoints.is_best(0.5)
+        assert not told
+        with monkeypatch.context() as patch:
+            patch.setattr(checkpoint, "_change_meta", failing)
+            checkpoints.evaluated(1, 0.75, "again")
+        assert told == ["the evaluation of step 1 could not be noted in its checkpoint (OSError: [Errno 28] No space "
+                        "left on device); a run that goes on from there does it again"]
+    with opened() as checkpoints:
+        state, meta = checkpoints.restore(states[2])
+        assert same(state, states[1])
+        assert checkpoints.best == meta["best"] == {"step": 1, "acc1": 0.5}
+        assert (meta["acc1"], meta["extra"]) == (0.5, "evaluated")
+
+
 def test_restored_variables(saved, states, tmp_path, told):
     abstract = jax.eval_shape(lambda: states[2].variables)
     for ema, expected in ((False, states[2].variables), (True, states[2].ema)):
