@@ -173,6 +173,18 @@ def _read_meta(folder: pathlib.Path) -> dict[str, Any]:
     return meta
 
 
+def _change_meta(folder: pathlib.Path, changes: dict[str, Any]) -> None:
+    """A kill leaves the old one or the new one."""
+    meta = {**_read_meta(folder), **changes}
+    path = folder / "meta" / "metadata"
+    new = path.with_suffix(".new")
+    with new.open("w") as file:
+        json.dump({**meta, "checksum": _checksum(meta)}, file)
+        file.flush()
+        os.fsync(file.fileno())
+    new.replace(path)
+
+
 def _read(folder: pathlib.Path, items: dict[str, Any]) -> dict[str, Any]:
     """The items, with the shapes, dtypes and shardings of the given ones."""
     handler = _handler()
@@ -415,6 +427,19 @@ class Checkpoints(contextlib.AbstractContextManager):
             if again:
                 self._say(f"the save of step {step} is tried once more")
         raise CheckpointError(f"step {step} could not be saved, in two tries: {error}")
+
+    def evaluated(self, step: int, acc1: float, extra: Any) -> None:
+        """Notes of a step that is there, saved before its evaluation, what `save` would have. Told if it fails."""
+        self._wait()
+        acc1 = float(acc1) if math.isfinite(acc1) else None
+        if self.is_best(acc1):
+            self._best = {"step": step, "acc1": acc1}
+        self._saved[step] = acc1
+        changes = {"acc1": acc1, "best": self._best, "extra": extra}
+        _, error = self._group.do(lambda: _change_meta(self._root / str(step), changes), only_first=True)
+        if error:
+            self._say(f"the evaluation of step {step} could not be noted in its checkpoint ({error}); a run that goes "
+                      "on from there does it again")
 
     def _wait(self) -> str:
         """For the save under way, if there is one; its error, which has been told, or an empty text."""

@@ -92,7 +92,8 @@ def train(config: ConfigDict, workdir: pathlib.Path, devices: list[jax.Device] |
             state = state.starting_from(variables)
             say(str(report))
         metrics.claim_workdir(workdir, config, started=restored is not None)
-        writer = stack.enter_context(metrics.MetricWriter(workdir, first_step, config=config))
+        writer = stack.enter_context(metrics.MetricWriter(
+            workdir, first_step, to_evaluate=left.get("to_evaluate", False), config=config))
         say(f"{config.name}: {sum(x.size for x in jax.tree.leaves(state.params)):,} parameters, "
             f"{len(train_source):,} images to train on, {len(eval_source):,} to validate on, {total_steps:,} steps "
             f"of {config.batch_size} on {mesh.size} {mesh.devices.flat[0].platform} device(s); "
@@ -119,6 +120,21 @@ def train(config: ConfigDict, workdir: pathlib.Path, devices: list[jax.Device] |
             if figures and figures[-1]["bad_steps_in_row"] >= config.max_bad_steps:
                 raise TrainingError(config.max_bad_steps, int(state.step))
 
+        def extra() -> dict[str, Any]:
+            return {"figures": list(figures), "bad_records": list(bad_records), "to_evaluate": to_evaluate}
+
+        def log(step: int) -> None:
+            nonlocal figures, bad_records, logged
+            summary = {"epoch": step / steps_per_epoch, **_summary(figures)}
+            speeds = meter.figures(step)
+            writer.write(step, "train", summary | ({"bad_records": bad_records} if bad_records else {}))
+            writer.write_speed(step, speeds)
+            if summary["bad_steps"]:
+                say(f"step {step:6,}: {summary['bad_steps']:.0f} of the last {len(figures)} updates skipped, "
+                    "loss or gradient was not finite")
+            bar.set_postfix_str(_postfix(summary, speeds), refresh=False)
+            figures, bad_records, logged = [], [], step
+
         def evaluated(step: int, *, write: bool) -> dict[str, Any]:
             for name, variables in (("eval", state.variables), ("eval_ema", state.ema)):
                 if variables is None:
@@ -137,9 +153,14 @@ def train(config: ConfigDict, workdir: pathlib.Path, devices: list[jax.Device] |
         to_evaluate = left.get("to_evaluate", False)
         in_flight, results, logged = [], {}, first_step - len(figures)
         try:
-            if to_evaluate or first_step == total_steps:
-                result = evaluated(first_step, write=to_evaluate)
+            if to_evaluate:
+                result = evaluated(first_step, write=True)
                 to_evaluate = False
+                if config.keep_best and checkpoints.is_best(result["acc1"]):
+                    _export(model, state, workdir, config, say)
+                checkpoints.evaluated(first_step, result["acc1"], extra())
+            elif first_step == total_steps:
+                result = evaluated(first_step, write=False)
             for step in range(first_step + 1, total_steps + 1):
                 going_on()
                 with meter.waiting():
@@ -161,15 +182,7 @@ def train(config: ConfigDict, workdir: pathlib.Path, devices: list[jax.Device] |
                 last, acc1 = step == total_steps, None
                 if step % config.log_every_steps == 0 or last:
                     catch_up()
-                    summary = {"epoch": step / steps_per_epoch, **_summary(figures)}
-                    speeds = meter.figures(step)
-                    writer.write(step, "train", summary | ({"bad_records": bad_records} if bad_records else {}))
-                    writer.write_speed(step, speeds)
-                    if summary["bad_steps"]:
-                        say(f"step {step:6,}: {summary['bad_steps']:.0f} of the last {len(figures)} updates skipped, "
-                            "loss or gradient was not finite")
-                    bar.set_postfix_str(_postfix(summary, speeds), refresh=False)
-                    figures, bad_records, logged = [], [], step
+                    log(step)
                 if step % eval_every == 0 or last:
                     catch_up()
                     to_evaluate = True
@@ -182,15 +195,15 @@ def train(config: ConfigDict, workdir: pathlib.Path, devices: list[jax.Device] |
                         if best:
                             _export(model, state, workdir, config, say)
                         # After all its figures: a run that goes on from a checkpoint leaves no gap and no double.
-                        checkpoints.save(
-                            state, step, acc1=acc1, wait=last,
-                            extra={"figures": list(figures), "bad_records": list(bad_records), "to_evaluate": False})
-        except (processes.Stopped, TrainingError):
+                        checkpoints.save(state, step, acc1=acc1, wait=last, extra=extra())
+        except (processes.Stopped, TrainingError) as error:
             step = int(state.step)
             figures = (figures + _fetch(in_flight))[:step - logged]
-            checkpoints.save(
-                state, step, wait=True,
-                extra={"figures": figures, "bad_records": bad_records, "to_evaluate": to_evaluate})
+            if isinstance(error, TrainingError):  # raised before what is due after this step
+                to_evaluate = step % eval_every == 0 or step == total_steps
+                if step % config.log_every_steps == 0 or step == total_steps:
+                    log(step)
+            checkpoints.save(state, step, wait=True, extra=extra())
             say(f"saved after step {step:,} in {workdir}; the same command goes on from there")
             raise
     say(evaluate.report(result))

@@ -84,17 +84,19 @@ class MetricWriter(contextlib.AbstractContextManager):
     """Writes figures as lines of JSON and for TensorBoard, and for Weights & Biases where config.wandb names a project.
 
     metrics.jsonl has only what a run that was killed and goes on repeats bit for bit; what depends on the clock is in
-    speed.jsonl. A run that goes on from `first_step` drops what a killed one wrote for later steps, and goes on in the
-    same run of Weights & Biases. Only the first of several processes writes.
+    speed.jsonl. A run that goes on from `first_step` drops what a killed one wrote for later steps and, where that step
+    is `to_evaluate` again, of its evaluation, and goes on in the same run of Weights & Biases. Only the first of
+    several processes writes.
     """
 
-    def __init__(self, workdir: pathlib.Path, first_step: int, *, config: ConfigDict | None = None):
+    def __init__(self, workdir: pathlib.Path, first_step: int, *, to_evaluate: bool = False,
+                 config: ConfigDict | None = None):
         self.enabled = jax.process_index() == 0
         if not self.enabled:
             return
         paths = workdir / "metrics.jsonl", workdir / "speed.jsonl"
         for path in paths:
-            _drop_later(path, first_step)
+            _drop_later(path, first_step, to_evaluate)
         self.run = _wandb_run(workdir, first_step, config) if config is not None and config.wandb else None
         self.metrics, self.speed = map(_Appended, paths)
         self.board = _events(workdir / "tensorboard", first_step)
@@ -152,17 +154,19 @@ class _Appended:
         self.file.close()
 
 
-def _drop_later(path: pathlib.Path, first_step: int) -> None:
-    """Leave only the lines up to `first_step`; a new file is empty."""
+def _drop_later(path: pathlib.Path, first_step: int, to_evaluate: bool) -> None:
+    """Leave only the lines up to `first_step`, without its evaluation if it is `to_evaluate`; a new file is empty."""
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     if lines and not lines[-1].endswith("\n"):
         lines.pop()  # killed while it was written
-    _replace(path, "".join(line for line in lines if _step(path, line) <= first_step))
+    _replace(path, "".join(line for line in lines if _place(path, line) <= (first_step, not to_evaluate)))
 
 
-def _step(path: pathlib.Path, line: str) -> int:
+def _place(path: pathlib.Path, line: str) -> tuple[int, bool]:
+    """Its step, and whether it is of an evaluation."""
     try:
-        return json.loads(line)["step"]
+        figures = json.loads(line)
+        return figures["step"], any(name.startswith("eval") for name in figures)
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} has a line that is no line of figures: {line!r}; mend it or move the file "
                          "away") from error
