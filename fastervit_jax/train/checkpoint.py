@@ -137,6 +137,15 @@ def _checksum(meta: dict[str, Any]) -> str:
     return f"{zlib.crc32(json.dumps(meta, sort_keys=True).encode()):08x}"
 
 
+def _sync(path: pathlib.Path) -> None:
+    """Until a file, or what a folder lists, would outlast a power cut."""
+    file = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)
+
+
 def _finish(folder: pathlib.Path, target: pathlib.Path, item_names: list[str], meta: dict[str, Any]) -> None:
     """After all processes have written their parts: what belongs to all, and the name."""
     handler = _handler()
@@ -147,12 +156,9 @@ def _finish(folder: pathlib.Path, target: pathlib.Path, item_names: list[str], m
     save = ocp.args.JsonSave({**meta, "checksum": _checksum(meta)})
     ocp.JsonCheckpointHandler().save(epath.Path(folder / "meta"), args=save)
     for path in (*folder.rglob("*"), folder):
-        file = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(file)
-        finally:
-            os.close(file)
+        _sync(path)
     folder.rename(target)
+    _sync(target.parent)
 
 
 def _read_meta(folder: pathlib.Path) -> dict[str, Any]:
@@ -306,8 +312,8 @@ def _has_room(state: Any) -> bool:
 class Checkpoints(contextlib.AbstractContextManager):
     """The checkpoints in WORKDIR/checkpoints: the newest `keep` of them and, with `keep_best`, the best one.
 
-    What a killed save left behind is removed. All processes make one and call its methods in the same order. `say` is
-    told what is not as expected, perhaps by another thread.
+    What a killed save left behind is removed by the next one. All processes make one and call its methods in the
+    same order. `say` is told what is not as expected, perhaps by another thread.
     """
 
     def __init__(self, workdir: pathlib.Path, *, keep: int, keep_best: bool, say: Callable[[str], None]):
@@ -330,7 +336,6 @@ class Checkpoints(contextlib.AbstractContextManager):
 
     def _open(self) -> dict[int, float | None]:
         self._root.mkdir(parents=True, exist_ok=True)
-        self._clean()
         saved = {}
         for step in _steps(self._root):
             try:

@@ -81,7 +81,8 @@ def train(config: ConfigDict, workdir: pathlib.Path, devices: list[jax.Device] |
         restored = checkpoints.restore(abstract_state(model, optimizer, config, mesh))
         if restored is not None:
             state, left = restored[0], restored[1]["extra"]  # figures since the last line, an evaluation half done
-            state = state.replace(bad_steps=jax.jit(jnp.zeros_like)(state.bad_steps))
+            state = state.replace(
+                bad_steps=jax.jit(lambda: jnp.int32(0), out_shardings=state.bad_steps.sharding)())
         else:
             state, left = create_state(model, optimizer, config, mesh), {}
         first_step = int(state.step)
@@ -151,6 +152,11 @@ def train(config: ConfigDict, workdir: pathlib.Path, devices: list[jax.Device] |
 
         figures, bad_records = left.get("figures", []), left.get("bad_records", [])
         to_evaluate = left.get("to_evaluate", False)
+        profiling = False
+        stack.callback(lambda: jax.profiler.stop_trace() if profiling else None)
+        if 0 < profile_first <= first_step or profile_first > total_steps:
+            say(f"config.profile={config.profile}: no profile, for steps {first_step + 1:,} to {total_steps:,} "
+                "are left")
         in_flight, results, logged = [], {}, first_step - len(figures)
         try:
             if to_evaluate:
@@ -167,19 +173,22 @@ def train(config: ConfigDict, workdir: pathlib.Path, devices: list[jax.Device] |
                     batch, unreadable = next(batches)
                 if step == profile_first:
                     jax.profiler.start_trace(workdir / "profile")
+                    profiling = True
                 state, new = train_step(state, batch)
                 meter.stepped(new)
                 in_flight.append(new)
                 bad_records += unreadable
-                jax.block_until_ready(in_flight[-1 - AHEAD:][:1])
+                if len(in_flight) > AHEAD:
+                    jax.block_until_ready(in_flight[-1 - AHEAD])
                 if step == first_step + 1:
                     meter.start(step)  # the compilation does not count in images/s and time left
                     bar.unpause()
-                if step == profile_last:
+                last, acc1 = step == total_steps, None
+                if profiling and (step == profile_last or last):
                     jax.block_until_ready(new)
                     jax.profiler.stop_trace()
+                    profiling = False
                 bar.update(config.batch_size)
-                last, acc1 = step == total_steps, None
                 if step % config.log_every_steps == 0 or last:
                     catch_up()
                     log(step)
@@ -196,6 +205,7 @@ def train(config: ConfigDict, workdir: pathlib.Path, devices: list[jax.Device] |
                             _export(model, state, workdir, config, say)
                         # After all its figures: a run that goes on from a checkpoint leaves no gap and no double.
                         checkpoints.save(state, step, acc1=acc1, wait=last, extra=extra())
+                    watchdog.alive()
         except (processes.Stopped, TrainingError) as error:
             step = int(state.step)
             figures = (figures + _fetch(in_flight))[:step - logged]
@@ -203,6 +213,7 @@ def train(config: ConfigDict, workdir: pathlib.Path, devices: list[jax.Device] |
                 to_evaluate = step % eval_every == 0 or step == total_steps
                 if step % config.log_every_steps == 0 or step == total_steps:
                     log(step)
+            watchdog.alive()
             checkpoints.save(state, step, wait=True, extra=extra())
             say(f"saved after step {step:,} in {workdir}; the same command goes on from there")
             raise
@@ -224,9 +235,12 @@ def _summary(figures: list[dict[str, float]]) -> dict[str, float]:
 
 
 def _postfix(summary: dict[str, float], speeds: dict[str, float]) -> str:
-    """'loss 2.1034, accuracy 31.25%, mfu 20.1%, input wait 0.3%', as far as these are known."""
+    """'loss 2.1034, accuracy 31.25%, …, mfu 20.1%, input wait 0.3%, memory 19.0 GiB', as far as these are known."""
     parts = [f"loss {summary['loss']:.4f}", f"accuracy {100 * summary['accuracy']:.2f}%"] if "loss" in summary else []
+    parts += [f"{name.replace('_', ' ')} {summary[name]:.3g}"
+              for name in ("learning_rate", "gradient_norm", "parameter_norm") if name in summary]
     parts += [f"{name.replace('_', ' ')} {100 * speeds[name]:.1f}%" for name in ("mfu", "input_wait") if name in speeds]
+    parts += [f"memory {speeds['memory_gib']:.1f} GiB"] if "memory_gib" in speeds else []
     return ", ".join(parts)
 
 

@@ -75,22 +75,9 @@ def test_stopped_anywhere_it_ends_the_same(stop, whole, tmp_path, monkeypatch):
     assert runs.lines(tmp_path) == runs.lines(whole[0])
 
 
-@pytest.mark.parametrize("polls", [13, 25])  # after step 12, in mid-interval and mid-epoch; in the evaluation at 22
-def test_asked_to_stop_it_saves_and_goes_on(polls, whole, tmp_path, monkeypatch, capfd):
-    with monkeypatch.context() as patch:
-        asked = itertools.count(1)
-        patch.setattr(processes.Stop, "requested", lambda self: next(asked) > polls)
-        with pytest.raises(processes.Stopped) as stopped:
-            loop.train(runs.config(), tmp_path)
-    assert stopped.value.code == 75
-    step = min(polls, 22)
-    assert f"saved after step {step:,} in {tmp_path}" in capfd.readouterr().out
-    assert loop.train(runs.config(), tmp_path) == whole[1]
-    assert f"going on after step {step} in" in capfd.readouterr().out
-    assert runs.lines(tmp_path) == runs.lines(whole[0])
-
-
-def test_one_compilation_and_no_implicit_transfer(tmp_path, monkeypatch, capfd):
+@pytest.fixture
+def guarded(monkeypatch):
+    """Lets nothing cross between host and devices in a step; the steps that were made."""
     make_train_step = loop.make_train_step
     made = []
 
@@ -99,15 +86,38 @@ def test_one_compilation_and_no_implicit_transfer(tmp_path, monkeypatch, capfd):
 
         def step(state, batch):
             with jax.transfer_guard("disallow"):
-                return made[0](state, batch)
+                return made[-1](state, batch)
 
         return step
 
     monkeypatch.setattr(loop, "make_train_step", make_guarded_step)
+    return made
+
+
+@pytest.mark.parametrize("polls", [13, 25])  # after step 12, in mid-interval and mid-epoch; in the evaluation at 22
+def test_asked_to_stop_it_saves_and_goes_on(polls, whole, tmp_path, monkeypatch, capfd, guarded):
+    config = runs.config(profile="11:15" if polls == 13 else "")
+    with monkeypatch.context() as patch:
+        asked = itertools.count(1)
+        patch.setattr(processes.Stop, "requested", lambda self: next(asked) > polls)
+        with pytest.raises(processes.Stopped) as stopped:
+            loop.train(config, tmp_path)
+    assert stopped.value.code == 75
+    step = min(polls, 22)
+    assert f"saved after step {step:,} in {tmp_path}" in capfd.readouterr().out
+    assert loop.train(config, tmp_path) == whole[1]
+    out = capfd.readouterr().out
+    assert f"going on after step {step} in" in out
+    assert ("no profile, for steps 14 to 44 are left" in out) == (polls == 13)
+    assert guarded[1]._cache_size() == 1
+    assert runs.lines(tmp_path) == runs.lines(whole[0])
+
+
+def test_one_compilation_and_no_implicit_transfer(tmp_path, guarded, capfd):
     config = runs.config(epochs=5, eval_every_epochs=3, checkpoint_every_epochs=2, keep_checkpoints=2, keep_best=False,
                          profile="3:4")
     loop.train(config, tmp_path, jax.devices()[:1])
-    assert made[0]._cache_size() == 1
+    assert guarded[0]._cache_size() == 1
 
     # Beside: every third epoch is evaluated, every second saved, the last both; the newest two saves are kept.
     assert [line["step"] for line in runs.lines(tmp_path) if "eval/acc1" in line] == [66, 110]
