@@ -13,14 +13,14 @@ from fastervit_jax.model.variants import ModelConfig, Variant, get_variant
 # 4×4 map of 2×2 windows, so that a variant with carrier tokens keeps them.
 SMOKE = {
     "data.source": "digits", "data.dir": "", "data.train_split": "train", "data.eval_split": "validation",
-    "data.image_size": 64, "model.num_classes": 10, "model.dim": 16, "model.in_dim": 8, "model.depths": (1, 1, 2, 1),
-    "model.window_size": (2, 2, 2, 2), "model.ct_size": 1, "batch_size": 64,
+    "data.image_size": 64, "data.workers": 0, "model.num_classes": 10, "model.dim": 16, "model.in_dim": 8,
+    "model.depths": (1, 1, 2, 1), "model.window_size": (2, 2, 2, 2), "model.ct_size": 1, "batch_size": 64,
 }  # fmt: skip
 # What it lowers to this where it is more; what is off stays off. Averages follow a run of some 60 steps, and scaling to
 # the smaller batch leaves a learning rate that still does something.
 SMOKE_AT_MOST = {
     "epochs": 2, "warmup_epochs": 1, "cooldown_epochs": 1, "learning_rate_batch": 256, "ema_decay": 0.9,
-    "bn_group_size": 16, "augment.mix_group": 16, "data.workers": 1, "log_every_steps": 11,
+    "bn_group_size": 16, "augment.mix_group": 16, "log_every_steps": 11,
 }  # fmt: skip
 
 
@@ -153,7 +153,7 @@ def base() -> ConfigDict:
     config.keep_checkpoints = 3  # the newest ones
     config.keep_best = True  # and the one of the best evaluation, with its weights in best.safetensors
     config.max_bad_steps = 10  # updates in a row skipped for a loss or gradient that is not finite; more end the run
-    config.stuck_after = 1800.0  # seconds without a step that end the run, with all stacks
+    config.stuck_after = 1800.0  # seconds without a step, or in a save, that end the run with all stacks
     config.profile = ""  # FIRST:LAST, steps to write a JAX profile of
     config.wandb = ""  # a project of Weights & Biases to tell the figures to, too
     return config
