@@ -389,7 +389,8 @@ def test_old_step_that_cannot_be_removed(opened, states, tmp_path, told, monkeyp
     assert "step 1, which is to be kept no longer, could not be removed: OSError" in told[0]
     with opened(keep=1) as checkpoints:
         assert checkpoints.restore(states[1])[1]["step"] == 2
-    assert folders(tmp_path) == ["2"]
+        checkpoints.save(states[3], 3)
+    assert folders(tmp_path) == ["3"]
 
 
 def test_no_room_for_a_copy(opened, states, told, monkeypatch):
@@ -482,8 +483,9 @@ def test_full_disk_and_sudden_death(opened, states, tmp_path):
     assert unfinished[0] == "1"
     assert [name.partition(".")[0] for name in unfinished] == ["1", "2"]
     with opened() as checkpoints:
-        assert folders(tmp_path) == ["1"]
         assert same(checkpoints.restore(states[2])[0], states[1])
+        checkpoints.save(states[2], 2)
+    assert folders(tmp_path) == ["1", "2"]
 
 
 SEVERAL = """
