@@ -158,8 +158,15 @@ def differences(end: dict, expected: dict) -> str:
 
 
 def _ended(run: Run) -> None:
-    codes = run.wait()
-    if any(codes):
+    """By itself. On a busy machine JAX's own time limits, of Gloo say, end one of two processes: then once more."""
+    for _ in range(4):
+        codes = run.wait()
+        late = [i for i in range(run.processes) if re.search(r"DEADLINE_EXCEEDED|heartbeat timeout", run.log(i))]
+        if not any(codes) or run.processes == 1 or not late:
+            break
+        print(f"process {late[0]} came too late for another: started again ({run.log_path(late[0])})", flush=True)
+        run.start()
+    if any(codes := run.wait()):
         raise Unexpected(f"exit codes {codes} of a run that nothing happened to")
 
 
