@@ -3,6 +3,7 @@
 import contextlib
 import os
 import pathlib
+import re
 import shutil
 import signal
 import socket
@@ -142,6 +143,23 @@ def test_a_process_that_is_gone_ends_the_other(end, launch):
     assert time.monotonic() - before < 15
 
 
+def test_other_settings_are_refused(launch):
+    code = """
+        import sys
+        from fastervit_jax.train import processes
+        coordinator, process, settings = sys.argv[1:]
+        with processes.started(coordinator=coordinator, processes=2, process=int(process), settings=settings):
+            print("works")
+    """
+    coordinator = f"127.0.0.1:{free_port()}"
+    pair = [launch(code, coordinator, process, settings) for process, settings in enumerate(["seed=0", "seed=1"])]
+    outputs = [process.communicate(timeout=60) for process in pair]
+    assert "ValueError: processes [1] have other settings, or another version of JAX, than" in outputs[0][1]
+    assert pair[0].returncode == 1
+    assert pair[1].returncode in (1, -signal.SIGABRT)  # if process 0 was gone before it had ended itself
+    assert "works" not in outputs[0][0] + outputs[1][0]
+
+
 @pytest.mark.parametrize(
     ("given", "environment", "message"),
     [
@@ -154,7 +172,6 @@ def test_a_process_that_is_gone_ends_the_other(end, launch):
         ({"coordinator": "a:1", "processes": 2, "process": 2}, {}, "--process=2 of --processes=2: expected 0 to"),
         ({"coordinator": "a:1", "processes": 0, "process": 0}, {}, "--process=0 of --processes=0: expected 0 to"),
         ({"heartbeat": 0}, {}, "--heartbeat=0: expected seconds, at least 1"),
-        ({"distributed": True}, {}, r"--distributed: JAX finds no cluster .* expected to be started by srun"),
         ({}, {"SLURM_STEP_NUM_TASKS": "8"}, r"SLURM_STEP_NUM_TASKS=8 says .* one of 8 .* Expected --distributed, or"),
         ({}, {"OMPI_COMM_WORLD_SIZE": "2"}, r"OMPI_COMM_WORLD_SIZE=2 says .* one of 2 "),
         ({}, {"TPU_WORKER_HOSTNAMES": "t0,t1,t2"}, r"TPU_WORKER_HOSTNAMES=t0,t1,t2 says .* one of 3 "),
@@ -165,6 +182,16 @@ def test_contradictions(given, environment, message, monkeypatch):
         monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match=f"(?i){message}"), processes.started(**given):
         pass
+
+
+def test_no_cluster(launch):
+    """In a process of its own: JAX asks for the cluster only before it has used a device."""
+    _, error = launch("""
+        from fastervit_jax.train import processes
+        with processes.started(distributed=True):
+            print("started")
+    """).communicate(timeout=60)
+    assert re.search(r"ValueError: --distributed: JAX finds no cluster .* Expected to be started by srun", error)
 
 
 def test_one_process_needs_nothing(monkeypatch):
@@ -261,21 +288,23 @@ def test_training_is_stopped_and_goes_on_with_any_number_of_processes(count, lau
         return [launch("train.py", f"--coordinator=127.0.0.1:{port}", f"--processes={count}", f"--process={process}",
                        f"--workdir={tmp_path / 'run'}", *runs.FLAGS, XLA_FLAGS=quickly) for process in range(count)]
 
+    def ended(running: list[subprocess.Popen], code: int) -> list[str]:
+        outputs = [process.communicate(timeout=600) for process in running]
+        for process, (_, error) in zip(running, outputs, strict=True):
+            assert process.returncode == code, error
+        return [out for out, _ in outputs]
+
     running = together()
     while not (tmp_path / "run/metrics.jsonl").exists() or not runs.lines(tmp_path / "run"):
         assert running[0].poll() is None, running[0].communicate()[1]
         time.sleep(0.05)
     running[1].send_signal(signal.SIGTERM)
-    outputs = [process.communicate(timeout=300) for process in running]
-    assert [process.returncode for process in running] == [processes.EXIT_CODE] * count, outputs
-    assert "saved after step " in outputs[0][0]
-    assert not any("saved" in out for out, _ in outputs[1:])  # one speaks for all
+    first, *others = ended(running, processes.EXIT_CODE)
+    assert "saved after step " in first
+    assert not any("saved" in out for out in others)  # one speaks for all
     shutil.copytree(tmp_path / "run", tmp_path / "alone")
 
-    running = together()
-    outputs = [process.communicate(timeout=300) for process in running]
-    assert [process.returncode for process in running] == [0] * count, outputs
-    assert "going on after step " in outputs[0][0]
+    assert "going on after step " in ended(together(), 0)[0]
     loop.train(runs.config(), tmp_path / "alone", jax.devices()[:1])
     loop.train(runs.config(), tmp_path / "whole", jax.devices()[:1])
     whole = runs.lines(tmp_path / "whole")
