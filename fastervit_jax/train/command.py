@@ -41,11 +41,12 @@ def run(main: Callable[[ConfigDict, pathlib.Path], None]) -> None:
         if len(rest) > 1:
             raise app.UsageError(f"unexpected arguments {rest[1:]}: settings are given as --config.a.b=value")
         config = _CONFIG.value
+        workdir = pathlib.Path(_WORKDIR.value or f"runs/{config.name}")
         with processes.started(
             coordinator=_COORDINATOR.value, processes=_PROCESSES.value, process=_PROCESS.value,
-            distributed=_DISTRIBUTED.value, heartbeat=_HEARTBEAT.value,
+            distributed=_DISTRIBUTED.value, heartbeat=_HEARTBEAT.value, settings=f"{workdir} {config}",
         ):
-            main(config, pathlib.Path(_WORKDIR.value or f"runs/{config.name}"))
+            main(config, workdir)
 
     flags.FLAGS.verbosity = logging.WARNING  # unless given; orbax tells of every step of every save
     app.run(start, argv=argv, flags_parser=_parse)

@@ -2,6 +2,7 @@
 
 import contextlib
 import faulthandler
+import hashlib
 import ipaddress
 import itertools
 import os
@@ -16,6 +17,7 @@ from types import FrameType
 from typing import Any
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
 
 EXIT_CODE = 75
@@ -41,18 +43,18 @@ class Stopped(SystemExit):
 @contextlib.contextmanager
 def started(
     *, coordinator: str | None = None, processes: int | None = None, process: int | None = None,
-    distributed: bool = False, heartbeat: int = HEARTBEAT,
+    distributed: bool = False, heartbeat: int = HEARTBEAT, settings: str = "",
 ) -> Iterator[None]:
     """Run the body as one of several processes, to be entered before JAX uses a device.
 
     Nothing given: as the only process. `coordinator` ("HOST:PORT", on which process 0 will listen), `processes` (how
     many) and `process` (which, from 0): as that one. `distributed`: as the cluster's environment says, through JAX,
-    which knows Slurm, Open MPI, Cloud TPU and Kubernetes.
+    which knows Slurm, Open MPI, Cloud TPU and Kubernetes. `settings` is what all have to be given alike.
 
     Where there are several, a body that raises ends the process at once with code 1, so that the others do not wait
     for it: they end within `heartbeat` seconds. One that ends well, or with Stopped, waits for the others' end.
 
-    Raises ValueError for arguments that contradict each other or what the environment says.
+    Raises ValueError for arguments that contradict each other, what the environment says, or other processes'.
     """
     explicit = {"coordinator": coordinator, "processes": processes, "process": process}
     _check(explicit, distributed, heartbeat)
@@ -72,6 +74,8 @@ def started(
             heartbeat_timeout_seconds=heartbeat,
             coordinator_bind_address=os.environ.get("JAX_COORDINATOR_BIND_ADDRESS") or bind_address(coordinator))
     try:
+        if jax.distributed.is_initialized() and jax.process_count() > 1:
+            _meet(settings)
         yield
     except BaseException as error:
         ends_well = isinstance(error, SystemExit) and error.code in (None, 0, EXIT_CODE)
@@ -112,6 +116,17 @@ def _check(explicit: dict[str, Any], distributed: bool, heartbeat: int) -> None:
                     "were not asked to work together, and would all write into one workdir. Expected --distributed, or "
                     "--coordinator=HOST:PORT --processes=N --process=I; for processes that have nothing to do with "
                     f"each other unset {name}")
+
+
+def _meet(settings: str) -> None:
+    # Besides, it connects them while they are at the same point: on CPUs the one that is there first gives up after
+    # half a minute, and they may take longer than that to compile, one with a cache and the other without.
+    digest = np.frombuffer(hashlib.sha256(f"jax {jax.__version__} {settings}".encode()).digest(), np.uint8)
+    digests = multihost_utils.process_allgather(digest)
+    others = [process for process, other in enumerate(digests) if (other != digests[0]).any()]
+    if others:
+        raise ValueError(f"processes {others} have other settings, or another version of JAX, than process 0; expected "
+                         "the same command for all, but for --process")
 
 
 def bind_address(coordinator: str) -> str | None:

@@ -107,9 +107,9 @@ def test_a_signal_to_one_stops_both_after_the_same_step(launch, tmp_path):
     assert stopped[0].startswith("stopped after ")
     assert stopped[0] == stopped[1]
     pair[1].send_signal(signal.SIGTERM)  # once more, in the save
-    assert pair[1].wait(timeout=60) == processes.EXIT_CODE
+    assert pair[1].wait(timeout=300) == processes.EXIT_CODE
     assert (tmp_path / "saved").exists()  # so it has waited
-    assert pair[0].wait(timeout=60) == processes.EXIT_CODE
+    assert pair[0].wait(timeout=300) == processes.EXIT_CODE
 
 
 # Started as Slurm would, as far as variables go.
@@ -135,12 +135,12 @@ def test_a_process_that_is_gone_ends_the_other(end, launch):
     before = time.monotonic()
     if end == "is killed":
         pair[1].kill()
-    _, error = pair[1].communicate(timeout=60)
+    _, error = pair[1].communicate(timeout=300)
     if end == "raises":
         assert pair[1].returncode == 1
         assert "ValueError: too hot\nprocess 1 ends, and with it the run\n" in error
-    assert pair[0].wait(timeout=60) == -signal.SIGABRT
-    assert time.monotonic() - before < 15
+    assert pair[0].wait(timeout=300) == -signal.SIGABRT
+    assert time.monotonic() - before < 40
 
 
 def test_other_settings_are_refused(launch):
@@ -153,7 +153,7 @@ def test_other_settings_are_refused(launch):
     """
     coordinator = f"127.0.0.1:{free_port()}"
     pair = [launch(code, coordinator, process, settings) for process, settings in enumerate(["seed=0", "seed=1"])]
-    outputs = [process.communicate(timeout=60) for process in pair]
+    outputs = [process.communicate(timeout=300) for process in pair]
     assert "ValueError: processes [1] have other settings, or another version of JAX, than" in outputs[0][1]
     assert pair[0].returncode == 1
     assert pair[1].returncode in (1, -signal.SIGABRT)  # if process 0 was gone before it had ended itself
@@ -190,7 +190,7 @@ def test_no_cluster(launch):
         from fastervit_jax.train import processes
         with processes.started(distributed=True):
             print("started")
-    """).communicate(timeout=60)
+    """).communicate(timeout=300)
     assert re.search(r"ValueError: --distributed: JAX finds no cluster .* Expected to be started by srun", error)
 
 
@@ -264,7 +264,7 @@ STUCK = """
 def test_a_stuck_process_ends_with_stacks(launch):
     messages = {"beside others": "Nothing went on for 3 s (config.stuck_after)", "alone": "Timeout (0:00:03"}
     for process, message in [(launch(STUCK, how), message) for how, message in messages.items()]:
-        out, error = process.communicate(timeout=60)
+        out, error = process.communicate(timeout=300)
         assert out == "stuck\n"
         assert process.returncode == 1
         assert message in error
