@@ -166,9 +166,10 @@ def test_without_averages(opened, states, tmp_path):
         assert same(checkpoints.restore(state)[0], state)
         with pytest.raises(CheckpointError, match=r"1 has other arrays: 32, expected 43; of these it lacks ema/"):
             checkpoints.restore(states[1])
-    assert folders(tmp_path) == ["1"]
-    with opened() as checkpoints, pytest.raises(CheckpointError, match="it lacks ema/"):
-        checkpoints.restore(states[1])
+        checkpoints.save(states[2], 2)
+        with pytest.raises(CheckpointError, match="2 has other arrays: 43, expected 32; of these it lacks none"):
+            checkpoints.restore(state)
+    assert folders(tmp_path) == ["1", "2"]
 
 
 def test_state_may_be_donated_at_once(opened, states):
@@ -352,8 +353,38 @@ def test_save_that_fails(broken, opened, states, tmp_path, told, monkeypatch):
         assert same(checkpoints.restore(states[1])[0], states[3])
 
 
+def test_part_that_cannot_be_written(monkeypatch):
+    """Raised, after all the others are written."""
+    waited = []
+
+    def part(name, error):
+        def result():
+            waited.append(name)
+            if error:
+                raise error
+
+        return types.SimpleNamespace(result=result)
+
+    class Handler:
+        async def async_save(self, folder, args):
+            return [part(f"{folder.name} 1", OSError(folder.name) if folder.name == "ema" else None),
+                    part(f"{folder.name} 2", None)]
+
+    monkeypatch.setattr(checkpoint, "_handler", Handler)
+    items = {"variables": {"x": 1}, "ema": {"x": 1}, "optimizer": {"x": 1}}
+    with pytest.raises(OSError, match="ema"):
+        checkpoint._write(pathlib.Path("folder"), items)
+    assert waited == [f"{item} {i}" for item in ("variables", "ema", "optimizer") for i in (1, 2)]
+    assert not items
+
+
 def failing(*_):
     raise OSError(28, "No space left on device")
+
+
+def half_removed(path):
+    (path / "optimizer" / "manifest.ocdbt").unlink()
+    failing()
 
 
 def test_last_save_is_tried_twice(opened, states, tmp_path, told, monkeypatch):
@@ -382,11 +413,12 @@ def test_last_save_is_tried_twice(opened, states, tmp_path, told, monkeypatch):
 def test_old_step_that_cannot_be_removed(opened, states, tmp_path, told, monkeypatch):
     with opened(keep=1) as checkpoints:
         checkpoints.save(states[1], 1, wait=True)
-        monkeypatch.setattr(checkpoint.shutil, "rmtree", failing)
+        monkeypatch.setattr(checkpoint.shutil, "rmtree", half_removed)
         checkpoints.save(states[2], 2, wait=True)
         monkeypatch.undo()
     assert len(told) == 1
     assert "step 1, which is to be kept no longer, could not be removed: OSError" in told[0]
+    assert folders(tmp_path) == ["1.orbax-checkpoint-tmp-old", "2"]  # it is no step any more
     with opened(keep=1) as checkpoints:
         assert checkpoints.restore(states[1])[1]["step"] == 2
         checkpoints.save(states[3], 3)
