@@ -126,7 +126,7 @@ class Run:
 
     def saving(self) -> bool:
         folder = self.workdir / "checkpoints"
-        return folder.is_dir() and any(UNFINISHED in entry.name for entry in os.scandir(folder))
+        return folder.is_dir() and any(UNFINISHED in name for name in os.listdir(folder))
 
     def step(self) -> int:
         """The last one in metrics.jsonl."""
