@@ -189,7 +189,7 @@ def benchmark_input(source: Any, config: ConfigDict, steps: int) -> None:
                  augmentation_ms=1e3 * augmentation, augmentation_share=augmentation / resident)
 
 
-def benchmark_train(config: ConfigDict, counts: list[int], steps: int, repeat: int) -> None:
+def benchmark_train(config: ConfigDict, counts: list[int], steps: int, repeat: int, save: bool) -> None:
     """The recipe's step on so many devices each, config.batch_size images a device; efficiency against the first."""
     first = None
     for count in counts:
@@ -232,18 +232,20 @@ def benchmark_train(config: ConfigDict, counts: list[int], steps: int, repeat: i
         step = statistics.median(seconds)
         rate = own.batch_size / step
         first = first or rate / count
-        with tempfile.TemporaryDirectory(prefix="fastervit_jax_benchmark_") as folder, Checkpoints(
-                pathlib.Path(folder), keep=1, keep_best=False, say=print) as checkpoints:
-            checkpoints.save(state, 0, wait=True)  # compiles what takes the digests
-            state, with_save, held = timed(state, lambda state, to=checkpoints: to.save(state, 1))
+        saving = {}
+        if save:
+            with tempfile.TemporaryDirectory(prefix="fastervit_jax_benchmark_") as folder, Checkpoints(
+                    pathlib.Path(folder), keep=1, keep_best=False, say=print) as checkpoints:
+                checkpoints.save(state, 0, wait=True)  # compiles what takes the digests
+                state, with_save, held = timed(state, lambda state, to=checkpoints: to.save(state, 1))
+            saving = {"save_holds_host_ms": 1e3 * held, "save_costs_steps": (with_save - step) * steps / step}
         memory = [device.memory_stats() or {} for device in mesh.devices.flat]
         tell(benchmark="train", variant=own.name.removeprefix("imagenet_"), device=mesh.devices.flat[0].device_kind,
              devices=count, fsdp=mesh.shape["fsdp"], batch=own.batch_size, accumulate=own.accumulate,
              compile_seconds=compile_seconds, step_ms=1e3 * step, lowest_ms=1e3 * min(seconds),
              highest_ms=1e3 * max(seconds), images_per_second=rate, efficiency=rate / count / first,
              peak_gib=max(x.get("peak_bytes_in_use", 0) for x in memory) / 2**30 or None,
-             temporary_gib=compiled.memory_analysis().temp_size_in_bytes / 2**30,
-             save_holds_host_ms=1e3 * held, save_costs_steps=(with_save - step) * steps / step)
+             temporary_gib=compiled.memory_analysis().temp_size_in_bytes / 2**30, **saving)
 
 
 def main() -> None:
@@ -259,6 +261,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=180, help="of each measurement of input; the more workers, the "
                         "more batches are decoded ahead, which must be few beside these")
     parser.add_argument("--devices", type=int, nargs="+", default=[1], help="of each measurement of train")
+    parser.add_argument("--save", action=argparse.BooleanOptionalAction, default=True, help="a checkpoint in train, "
+                        "to see what it holds up; --no-save where the state is too large for the disk")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="changes of the recipe's config")
     args = parser.parse_args()
     is_data = args.what == "data"
@@ -268,7 +272,7 @@ def main() -> None:
     config.update_from_flattened_dict({key: ast.literal_eval(value) for key, value in (x.split("=") for x in args.set)})
     if args.what == "train":
         config.batch_size = args.batch or 128
-        benchmark_train(config, args.devices, args.steps, args.repeat)
+        benchmark_train(config, args.devices, args.steps, args.repeat, args.save)
         return
     with tempfile.TemporaryDirectory(prefix="fastervit_jax_benchmark_") as folder, config.unlocked():
         config.data.source, config.data.dir, config.data.workers = "folder", folder, workers[-1]

@@ -70,6 +70,7 @@ class Run:
 
     def start(self) -> None:
         self.starts += 1
+        self.started = time.time()
         self.running, port, group = [], free_port(), 0
         for i in range(self.processes):
             place = [f"--coordinator=127.0.0.1:{port}", f"--processes={self.processes}", f"--process={i}",
@@ -125,8 +126,16 @@ class Run:
         return bool(re.search(r"starting in |going on after step ", self.log()))
 
     def saving(self) -> bool:
-        folder = self.workdir / "checkpoints"
-        return folder.is_dir() and any(UNFINISHED in name for name in os.listdir(folder))
+        """Not what a killed start left, which stays until the next save."""
+        for path in self.unfinished():
+            with contextlib.suppress(FileNotFoundError):
+                if path.stat().st_mtime > self.started:
+                    return True
+        return False
+
+    def unfinished(self) -> list[pathlib.Path]:
+        """What saves that are going on, or were killed, have written so far."""
+        return list((self.workdir / "checkpoints").glob(f"*{UNFINISHED}*"))
 
     def step(self) -> int:
         """The last one in metrics.jsonl."""
@@ -145,7 +154,7 @@ class Run:
         step = self.saved()[-1]
         meta = self.meta(step)
         files = {name: (self.workdir / name).read_bytes() for name in ("metrics.jsonl", "best.safetensors")}
-        return {"step": step, "best": meta["best"], **meta["digests"], **files, "unfinished": self.saving()}
+        return {"step": step, "best": meta["best"], **meta["digests"], **files, "unfinished": len(self.unfinished())}
 
 
 def differences(end: dict, expected: dict) -> str:
