@@ -28,6 +28,7 @@ from ml_collections import ConfigDict
 
 from fastervit_jax.model.fastervit import FasterViT
 from fastervit_jax.train import command, schedule, sharding, speed
+from fastervit_jax.train.check import check
 from fastervit_jax.train.optimizer import make_optimizer
 from fastervit_jax.train.state import abstract_state, make_model
 from fastervit_jax.train.step import make_train_step
@@ -199,23 +200,17 @@ def _shape_bytes(shape: str) -> int:
         for letters, bits, dims in re.findall(r"\b(pred|bf|[fsuc])(\d*)\w*\[([\d,]*)\]", shape))
 
 
-def check_batch(config: ConfigDict, devices: int) -> None:
-    """Raises PlanError if the batch cannot be split over the devices."""
-    if config.batch_size % (devices * config.accumulate):
-        raise PlanError(f"config.batch_size={config.batch_size}: expected a multiple of {devices * config.accumulate}, "
-                        f"for {devices} devices and config.accumulate={config.accumulate}")
-
-
 def plan(config: ConfigDict, devices: list[Any], chip: Chip | None) -> tuple[dict[str, Any], str]:
     """Compiles the train step of `config` for `devices`; the figures, and the compiled program as text.
 
     Bytes and FLOPs are those of one device and step. Where the TPU's compiler finds that memory does not suffice, it
     stops: there is no program ("" then), and of memory only what it says was needed.
-    Raises PlanError if the batch or the mesh does not fit the devices.
+    Raises PlanError for a config that a run would refuse, or a batch or mesh that does not fit the devices.
     """
-    check_batch(config, len(devices))
     try:
+        check(config)
         mesh = sharding.make_mesh(devices, data=config.mesh.data, fsdp=config.mesh.fsdp)
+        sharding.check_batch(config.batch_size, config.accumulate, mesh)
     except ValueError as error:
         raise PlanError(str(error)) from error
     model, optimizer = make_model(config), make_optimizer(config)

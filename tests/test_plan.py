@@ -203,6 +203,11 @@ def test_batch_and_mesh_must_fit_the_devices():
         plan.plan(small(**{"mesh.fsdp": 3}), jax.devices()[:8], None)
 
 
+def test_what_a_run_would_refuse_is_not_planned():
+    with pytest.raises(plan.PlanError, match="config.accumulate=3: expected a divisor of config.batch_size=64"):
+        plan.plan(small(accumulate=3), jax.devices()[:1], None)
+
+
 def test_jax_has_started_with_fewer_devices():
     with pytest.raises(plan.PlanError, match="JAX has started with 8 CPU devices"):
         plan.gpu_devices(9, None)

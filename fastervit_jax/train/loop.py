@@ -62,6 +62,7 @@ def train(config: ConfigDict, workdir: pathlib.Path, devices: list[jax.Device] |
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(processes.Stop())
         mesh = sharding.make_mesh(devices, data=config.mesh.data, fsdp=config.mesh.fsdp)
+        sharding.check_batch(config.batch_size, config.accumulate, mesh)
         train_source, eval_source, steps_per_epoch = open_sources(config)
         total_steps = schedule.total_epochs(config) * steps_per_epoch
         eval_every = config.eval_every_epochs * steps_per_epoch

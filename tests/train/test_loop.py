@@ -135,7 +135,7 @@ def test_one_compilation_and_no_implicit_transfer(tmp_path, guarded, capfd):
     ("changes", "message"),
     [
         ({"batch_size": 2048}, r"config.batch_size=2048: larger than the 1442 training images"),
-        ({"batch_size": 12}, r"batch size 12 does not divide over 8 devices"),
+        ({"batch_size": 12}, r"config.batch_size=12: expected a multiple of 8, for 8 devices and config.accumulate=1"),
         ({"eval_every_epochs": 0}, r"config.eval_every_epochs=0: expected at least 1"),
         ({"data.source": "mnist", "data.dir": str(ROOT)}, r"(?s)'mnist'.*data.prepare mnist"),
         ({"data.train_split": "test"}, r"split 'test' of digits"),
