@@ -11,7 +11,7 @@ from einops import rearrange
 from jaxtyping import Array, Float
 
 from fastervit_jax.model.position import RelativePositionBias
-from fastervit_jax.ops.attention import window_attention
+from fastervit_jax.ops.attention import attention_weights, window_attention
 
 
 def dense(features: int, *, dtype: Any, name: str | None = None, use_bias: bool = True) -> nn.Dense:
@@ -43,7 +43,11 @@ def scaled(x: Float[Array, "... c"], gamma: Float[Array, "c"] | None) -> Float[A
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention of tokens on a rows × cols grid, with `leading` tokens before them."""
+    """Multi-head self-attention of tokens on a rows × cols grid, with `leading` tokens before them.
+
+    Where the collection `attention` is mutable, `weights` in it is float32 (b, h, t, t): for each token (third axis)
+    what it takes from each token, before dropout. Otherwise nothing is computed for it.
+    """
 
     width: int
     heads: int
@@ -59,6 +63,9 @@ class Attention(nn.Module):
         qkv = dense(3 * self.width, use_bias=self.qkv_bias, dtype=self.dtype, name="qkv")(x)
         q, k, v = rearrange(qkv, "b t (three h d) -> three b t h d", three=3, h=self.heads)
         bias = RelativePositionBias(self.heads, name="position_bias")(rows, cols, leading)
+        if self.is_mutable_collection("attention") and not self.is_initializing():
+            self.sow("attention", "weights", attention_weights(q, k, bias), init_fn=lambda: None,
+                     reduce_fn=lambda _, weights: weights)
         drop = nn.Dropout(self.attn_drop_rate, deterministic=not train)
         out = rearrange(window_attention(q, k, v, bias, drop), "b t h d -> b t (h d)")
         out = dense(self.width, dtype=self.dtype, name="out")(out)

@@ -35,6 +35,11 @@ class FasterViT(nn.Module):
     `init` makes all parameters whatever the image; the output of `init_with_output` differs from `apply`'s
     where a stage has `hat` set and a single window.
 
+    `logits, captured = model.apply(variables, images, mutable=["attention"])` gives the weights of every attention
+    too, float32: captured["attention"]["stages_2"]["blocks_0"]["attention"]["weights"] is (b · windows, heads, tokens,
+    tokens), where a window's carrier tokens come first. Where there are carrier tokens, "carrier_attention" beside
+    the second "attention" is (b, heads, carriers, carriers), in raster order over the image.
+
     Two fields change how training computes the function, not which one it is. `remat`: for each stage, whether its
     blocks are computed again in the backward pass, to save memory. `bn_group_size`: the images, following each other,
     that batch norms take their statistics over; 0 for the whole batch, which on a sharded batch is that of all devices.
@@ -103,7 +108,12 @@ class FasterViT(nn.Module):
 
     def __call__(self, images: Shaped[Any, "..."], train: bool = False) -> Float[Array, "_ _"]:
         """Logits (b, num_classes) in float32; with num_classes=0 the pooled features (b, 8 dim)."""
-        x = self.features(images, train)[-1]
+        return self.from_stage(self.features(images, train)[-1], 3, train)
+
+    def from_stage(self, x: Float[Array, "_ _ _ _"], stage: int, train: bool = False) -> Float[Array, "_ _"]:
+        """What the model returns, from the map that `features` gave for a stage, 0 to 3: the rest of the network."""
+        for i in range(stage + 1, 4):
+            x = self.stages[i](self.downsamples[i - 1](x), train)
         x = self.norm(x) if self.config.layer_norm_last else self.norm(x, train)
         x = x.mean((1, 2))
         return self.head(x) if self.config.num_classes else x

@@ -10,6 +10,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 
+def attention_weights(
+    q: Float[Array, "b t h d"], k: Float[Array, "b t h d"], bias: Float[Array, "h t t"]
+) -> Float[Array, "b h t t"]:
+    """softmax(q kᵀ / sqrt(d) + bias), for each window and head, in float32 whatever the inputs are."""
+    scores = jnp.einsum("bthd,bshd->bhts", q, k, preferred_element_type=jnp.float32)
+    return jax.nn.softmax(scores * q.shape[-1] ** -0.5 + bias[None].astype(jnp.float32), axis=-1)
+
+
 def window_attention(
     q: Float[Array, "b t h d"],
     k: Float[Array, "b t h d"],
@@ -22,6 +30,5 @@ def window_attention(
     Scores and softmax are float32 whatever the inputs are; the result has the dtype of `v`.
     `drop` is applied to the attention weights (dropout in training).
     """
-    scores = jnp.einsum("bthd,bshd->bhts", q, k, preferred_element_type=jnp.float32)
-    weights = jax.nn.softmax(scores * q.shape[-1] ** -0.5 + bias[None].astype(jnp.float32), axis=-1)
+    weights = attention_weights(q, k, bias)
     return jnp.einsum("bhts,bshd->bthd", drop(weights).astype(v.dtype), v)
