@@ -120,8 +120,11 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
     return sorted(front, key=lambda i: points[i])
 
 
-def accuracy_and_speed(names: Sequence[str], table: Sequence[dict[str, Any]]) -> Figure:
-    """Top-1 over images a second, in inference and in training: a dot a point of the sweep, a line for the best."""
+def accuracy_and_speed(names: Sequence[str], keys: str, table: Sequence[dict[str, Any]]) -> Figure:
+    """Top-1 over images a second, in inference and in training: a dot a point of the sweep, a line for the best.
+
+    `names` are those of the points, `keys` says what they are values of.
+    """
     drawn = Figure(figsize=(11, 5), dpi=120, layout="constrained")
     axes = drawn.subplots(1, 2, sharey=True)
     for panel, key in zip(axes, ("inference_images_per_second", "train_images_per_second"), strict=True):
@@ -141,6 +144,7 @@ def accuracy_and_speed(names: Sequence[str], table: Sequence[dict[str, Any]]) ->
         panel.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("top-1, %")
     axes[0].legend(fontsize="small", frameon=False)
+    drawn.suptitle(keys, fontsize="medium")
     return drawn
 
 
@@ -173,6 +177,33 @@ def heat_map(keys: tuple[str, str], table: Sequence[dict[str, Any]]) -> Figure:
     return drawn
 
 
+def mean_curves(runs: Sequence[report.Run], name: str) -> report.Run:
+    """The mean of some runs, at the steps that all of them have."""
+    curves = {}
+    for metric in runs[0].curves:
+        found = [dict(run.curves.get(metric, ())) for run in runs]
+        steps = sorted(set(found[0]).intersection(*found))
+        curves[metric] = [(step, statistics.fmean(curve[step] for curve in found)) for step in steps]
+    return report.Run(name, {metric: curve for metric, curve in curves.items() if curve})
+
+
+def curves(folders: dict[str, list[pathlib.Path]], keys: str) -> Figure | None:
+    """Losses and accuracies over epochs: a curve for the name of a point, the mean of its runs; None for no figures."""
+    means = []
+    for name, paths in folders.items():
+        begun = [report.read_run(path, name) for path in paths
+                 if (path / "metrics.jsonl").exists() and "\n" in (path / "metrics.jsonl").read_text()]
+        if begun and (mean := mean_curves(begun, name)).curves:
+            means.append(mean)
+    metrics = [metric for metric in CURVES if any(metric in run.curves for run in means)]
+    if not metrics:
+        return None
+    drawn = report.figure(means, metrics)
+    for legend in drawn.legends:
+        legend.set_title(keys)
+    return drawn
+
+
 def write(workdir: pathlib.Path) -> str:
     """Write the tables and plots of what is there so far, each whole or not at all; returns result.md's table.
 
@@ -183,17 +214,18 @@ def write(workdir: pathlib.Path) -> str:
     results = {name: _read(folder / "result.json") for name, folder in folders.items()
                if (folder / "result.json").exists()}
     table = rows(entries, results)
+    labelled = any(entry["label"] for entry in entries)
+    keys = "" if labelled else ", ".join(entries[0]["shown"])
+    names = {entry["point"]: entry["label"] or ", ".join(
+        f"{key}={text(x)}" if labelled else text(x) for key, x in entry["shown"].items()) for entry in entries}
     figures = {}
     if results:
-        names = {entry["point"]: entry["label"] or ", ".join(f"{key}={text(x)}" for key, x in entry["shown"].items())
-                 for entry in entries}
-        figures["accuracy_and_speed.png"] = accuracy_and_speed([names[point] for point in sorted(names)], table)
-        if keys := heat_map_keys(entries):
-            figures["heat_map.png"] = heat_map(keys, table)
-    begun = [report.read_run(folder, name) for name, folder in folders.items()
-             if (path := folder / "metrics.jsonl").exists() and "\n" in path.read_text()]
-    if metrics := [name for name in CURVES if any(name in run.curves for run in begun)]:
-        figures["curves.png"] = report.figure(begun, metrics)
+        figures["accuracy_and_speed.png"] = accuracy_and_speed([names[i] for i in sorted(names)], keys, table)
+        if pair := heat_map_keys(entries):
+            figures["heat_map.png"] = heat_map(pair, table)
+    if drawn := curves({name: [folders[entry["name"]] for entry in entries if entry["point"] == point]
+                        for point, name in names.items()}, keys):
+        figures["curves.png"] = drawn
     for name, figure in figures.items():
         buffer = io.BytesIO()
         FigureCanvasAgg(figure).print_png(buffer)

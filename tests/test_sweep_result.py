@@ -108,7 +108,7 @@ def test_pareto_front():
 
 def test_accuracy_and_speed_shows_means_deviations_and_the_front():
     table = sweep_result.rows(entries(POINTS), RESULTS)
-    figure = sweep_result.accuracy_and_speed(list("abcd"), table)
+    figure = sweep_result.accuracy_and_speed(list("abcd"), "letters", table)
     inference, training = figure.axes
     assert [text.get_text() for text in inference.texts] == ["a", "b", "c"]
     assert [text.xy for text in inference.texts] == [(205.0, 92.0), (200.0, 95.0), (210.0, 80.0)]
@@ -145,6 +145,22 @@ def test_heat_map_has_each_mean_in_its_place():
     assert {text.get_position(): text.get_text() for text in panel.texts} == {
         (0, 0): "92.00\n± 2.83", (1, 0): "95.00", (0, 1): "80.00"}
     assert (panel.get_xlabel(), panel.get_ylabel()) == ("ct_size", "window_size[2]")
+
+
+def test_curves_are_means_of_seeds(tmp_path):
+    folders = [tmp_path / name for name in "abc"]
+    for folder, losses in zip(folders, ([4, 2, 1], [2, 1], [8]), strict=True):
+        folder.mkdir()
+        lines = [{"step": 5 * i, "train/loss": x, "train/epoch": i / 2} for i, x in enumerate(losses, 1)]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "d").mkdir()  # of a run that has just begun
+    (tmp_path / "d" / "metrics.jsonl").touch()
+    figure = sweep_result.curves({"1": folders[:2], "2": [*folders[2:], tmp_path / "d"], "3": []}, "keys")
+    panel, = figure.axes
+    assert [(line.get_label(), line.get_xydata().tolist()) for line in panel.lines] == [
+        ("1 train/loss", [[0.5, 3.0], [1.0, 1.5]]), ("2 train/loss", [[0.5, 8.0]])]
+    assert figure.legends[0].get_title().get_text() == "keys"
+    assert sweep_result.curves({"3": [tmp_path / "d"]}, "keys") is None
 
 
 def test_a_file_that_is_damaged_is_named(tmp_path):

@@ -23,7 +23,7 @@ def small_digits() -> ConfigDict:
     config = digits.get_config()
     config.update_from_flattened_dict({
         "name": "small_digits", "data.image_size": 128, "model.dim": 16, "model.in_dim": 8,
-        "model.window_size": (4, 4, 4, 4), "epochs": 6, "warmup_epochs": 1, "learning_rate": 2e-3,
-        "eval_every_epochs": 2, "keep_checkpoints": 1,
+        "model.window_size": (4, 4, 4, 4), "epochs": 5, "warmup_epochs": 1, "learning_rate": 2e-3,
+        "eval_every_epochs": 1, "keep_checkpoints": 1,
     })
     return config
