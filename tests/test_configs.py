@@ -19,7 +19,7 @@ from tests.train import runs
 
 RECIPES = {"imagenet": imagenet, "imagenet21k": imagenet21k, "finetune": finetune}
 PUBLISHED = list_models("faster_vit_*")
-ARGUMENTS = [("digits", ""), ("digits", "smoke")] + [
+ARGUMENTS = [("digits", ""), ("digits", "smoke"), ("cues", ""), ("cues", "smoke")] + [
     (recipe, name + small) for recipe in RECIPES for name in ("", *PUBLISHED) for small in ("", ",smoke")
     if name or not small]  # fmt: skip
 # What every recipe says itself, beside the keys that configs/common.py declares.

@@ -32,8 +32,11 @@ from jaxtyping import Int, UInt8
 from ml_collections import ConfigDict
 
 from fastervit_jax.data import decode
+from fastervit_jax.data.cues import Cues
 from fastervit_jax.data.sources import ArraySource, Source
 
+DRAWN = (ArraySource, Cues)
+"""Sources whose images are pixels of the right size already."""
 IN_FLIGHT = 2
 """Batches that are on their way to the devices before they are used."""
 FEEDS = 2
@@ -366,7 +369,7 @@ def check(config: ConfigDict) -> None:
 
 def train_order(source: Source, config: ConfigDict) -> tuple[grain.MapDataset, Read]:
     """The order of records in training, without end, and how they are read."""
-    transform = None if isinstance(source, ArraySource) else decode.train_crop(config)
+    transform = None if isinstance(source, DRAWN) else decode.train_crop(config)
     order = grain.MapDataset.range(len(source)).seed(config.seed).shuffle().repeat(None)
     return order, Read(source, transform, config.seed)
 
@@ -390,6 +393,6 @@ def train_batches(
 
 def eval_batches(source: Source, config: ConfigDict, *, sharding: jax.sharding.NamedSharding) -> Feed:
     """Every image once, in order, as `train_batches` gives them; what fills the last batch up has weight 0 too."""
-    read = Read(source, None if isinstance(source, ArraySource) else decode.eval_crop(config), config.seed)
+    read = Read(source, None if isinstance(source, DRAWN) else decode.eval_crop(config), config.seed)
     padded = -(-len(source) // config.batch_size) * config.batch_size
     return Feed(grain.MapDataset.range(padded), read, config, slice(0, None), padded, 1, sharding)

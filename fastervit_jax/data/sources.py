@@ -14,7 +14,7 @@ import sklearn.datasets
 from jaxtyping import Int, UInt8
 from ml_collections import ConfigDict
 
-from fastervit_jax.data import folders, records, splits
+from fastervit_jax.data import cues, folders, records, splits
 
 SPLITS = ("train", "validation")
 """Of the digits, and of most datasets that are trained on."""
@@ -89,9 +89,10 @@ def digits(split: str, image_size: int, channels: int = 1) -> ArraySource:
 def make_source(config: ConfigDict, split: str, name: str | None = None) -> Source:
     """The split of the dataset `name`, by default config.data.source.
 
-    name: "digits"; "folder", the image files in config.data.dir (see folders.py); otherwise a dataset of TensorFlow
-    Datasets that has been prepared as ArrayRecord in config.data.dir, or in TFDS's default folder if that is "" (see
-    records.py): imagenet2012, imagenet_v2/matched-frequency:3.0.0, imagenet_a, your own.
+    name: "digits"; "cues", a synthetic task (see cues.py); "folder", the image files in config.data.dir (see
+    folders.py); otherwise a dataset of TensorFlow Datasets that has been prepared as ArrayRecord in config.data.dir, or
+    in TFDS's default folder if that is "" (see records.py): imagenet2012, imagenet_v2/matched-frequency:3.0.0,
+    imagenet_a, your own.
     split: "train", "validation[:10%]", "train[1000:2000]+test", see splits.py.
 
     Raises ValueError, with what was expected, for a dataset or split that is not there or is damaged, or if the model's
@@ -103,6 +104,8 @@ def make_source(config: ConfigDict, split: str, name: str | None = None) -> Sour
                          "(RGB); give --config.model.in_chans=3")
     if name == "digits":
         source = digits(split, config.data.image_size, config.model.in_chans)
+    elif name == "cues":
+        source = cues.open_split(split, config.data.image_size, config.model.in_chans)
     elif name == "folder":
         source = folders.open_split(split, _folder(config))
     else:
@@ -121,7 +124,7 @@ def default_eval_split(name: str, config: ConfigDict) -> str:
     """
     if name == config.data.source:
         return config.data.eval_split
-    if name == "digits":
+    if name in ("digits", "cues"):
         there = list(SPLITS)
     elif name == "folder":
         there = list(folders.split_folders(_folder(config)))
