@@ -1,10 +1,12 @@
 """Speed of ONNX files in onnxruntime on a CPU, one beside the other, and the official model's file to compare with.
 
+    python -m tests.onnx_speed random faster_vit_0_224 random.safetensors
     python -m tests.onnx_speed official faster_vit_0_224 official.onnx
     python -m tests.onnx_speed compare ours.onnx official.onnx
 
-The first needs a Python with the official package (the head of tests/golden/make.py says how to make one) and with
-`pip install onnx onnxscript`; its weights are random. Rounds alternate between files, and medians over rounds are
+The first writes weights of ours, every array of them random, to be exported. The second needs a Python with the
+official package (the head of tests/golden/make.py says how to make one) and with `pip install onnx onnxscript`; its
+weights are random, too. Rounds alternate between files, and medians over rounds are
 printed, with the lowest and highest, one line of JSON for each file and batch size.
 """
 
@@ -12,6 +14,31 @@ import argparse
 import json
 import statistics
 import time
+
+
+def random_weights(name: str, path: str) -> None:
+    """Weights under which every array changes the logits, and activations keep their size."""
+    import jax
+    import numpy as np
+
+    import fastervit_jax as fv
+    from fastervit_jax.weights import pretrained
+
+    rng = np.random.default_rng(0)
+
+    def draw(key: tuple, x: jax.ShapeDtypeStruct) -> np.ndarray:
+        last = key[-1].key
+        if last == "kernel":
+            values = rng.normal(size=x.shape) / np.prod(x.shape[:-1]) ** 0.5
+        elif last in ("bias", "mean"):
+            values = 0.1 * rng.normal(size=x.shape)
+        else:  # scales and variances
+            values = rng.uniform(0.5, 1.5, x.shape)
+        return values.astype(np.float32)
+
+    model = fv.create_model(name)
+    variables = jax.tree_util.tree_map_with_path(draw, pretrained.abstract_variables(model.config))
+    fv.save_pretrained(model, variables, path)
 
 
 def official(name: str, path: str, batch: int | None) -> None:
@@ -59,6 +86,9 @@ def compare(paths: list[str], batches: list[int], threads: int, rounds: int, sec
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
+    ours = commands.add_parser("random")
+    ours.add_argument("name")
+    ours.add_argument("path")
     one = commands.add_parser("official")
     one.add_argument("name")
     one.add_argument("path")
@@ -70,7 +100,9 @@ def main() -> None:
     two.add_argument("--rounds", type=int, default=7)
     two.add_argument("--seconds", type=float, default=2.0, help="of each file in each round, at least")
     args = parser.parse_args()
-    if args.command == "official":
+    if args.command == "random":
+        random_weights(args.name, args.path)
+    elif args.command == "official":
         official(args.name, args.path, args.batch)
     else:
         compare(args.paths, args.batch, args.threads, args.rounds, args.seconds)

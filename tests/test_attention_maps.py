@@ -43,7 +43,7 @@ def checkpoints(tmp_path_factory):
 
 @pytest.fixture
 def digit(tmp_path):
-    path = tmp_path / "seven.png"
+    path = tmp_path / "digit.png"
     Image.fromarray(sources.digits("validation", 64).images[7, ..., 0]).save(path)
     return path
 
@@ -66,11 +66,11 @@ def test_pictures_and_arrays(checkpoints, digit, tmp_path, capsys):
     assert "best.safetensors has no carrier tokens in images of 64 pixels: no carrier attention to draw" in printed
     expected = {"photograph", "rollout", "grad_cam", "rollout_stage2", "rollout_stage3", "window_attention_stage2",
                 "window_attention_stage3", "carrier_attention_stage2"}
-    assert {path.name for path in (out / "seven").iterdir()} == {f"{name}.png" for name in expected} | {"maps.npz"}
+    assert {path.name for path in (out / "digit").iterdir()} == {f"{name}.png" for name in expected} | {"maps.npz"}
     for name in expected:
-        assert colours(out / "seven" / f"{name}.png") > 40, name
+        assert colours(out / "digit" / f"{name}.png") > 40, name
 
-    arrays = np.load(out / "seven" / "maps.npz")
+    arrays = np.load(out / "digit" / "maps.npz")
     model, variables = fv.from_pretrained(checkpoints["hat"])
     np.testing.assert_array_equal(arrays["image"], sources.digits("validation", 64).images[7])
     images = (arrays["image"][None].astype(np.float32) / 255 - 0.3) / 0.35
@@ -91,9 +91,9 @@ def test_pictures_and_arrays(checkpoints, digit, tmp_path, capsys):
 def test_the_class_score_of_one_block_and_head(checkpoints, digit, tmp_path):
     out = tmp_path / "maps"
     command(digit, f"--checkpoint={checkpoints['hat']}", "--block=2.0", "--head=1", "--class=4", f"--out={out}")
-    assert {path.name for path in (out / "seven").glob("*stage*")} == {
+    assert {path.name for path in (out / "digit").glob("*stage*")} == {
         "rollout_stage2.png", "window_attention_stage2.png", "carrier_attention_stage2.png"}
-    arrays = np.load(out / "seven" / "maps.npz")
+    arrays = np.load(out / "digit" / "maps.npz")
     model, variables = fv.from_pretrained(checkpoints["hat"])
     images = (arrays["image"][None].astype(np.float32) / 255 - 0.3) / 0.35
     np.testing.assert_allclose(arrays["rollout"], rollout.class_map(model, variables, images)[0], atol=1e-6)
@@ -131,7 +131,7 @@ def test_a_map_lies_over_the_pixels_that_it_is_of():
         (["nowhere.png"], r"No such file or directory: .*nowhere.png"),
         (["{folder}/text.png"], r"text.png: cannot be read as an image \(ValueError: no image"),
         (["{folder}/half.png"], r"half.png: cannot be read as an image"),
-        (["{folder}/other/seven.png"], r"several images are called 'seven'"),
+        (["{folder}/other/digit.png"], r"several images are called 'digit'"),
     ],
 )  # fmt: skip
 def test_refuses_before_anything_is_written(checkpoints, digit, tmp_path, arguments, expected):
@@ -154,7 +154,7 @@ def test_refuses_models_that_see_other_images(checkpoints, digit, tmp_path):
     (other / "config.json").write_text(json.dumps(config))
     with pytest.raises(SystemExit, match=r"size=96.*size=64.*expected two models that see the same part"):
         command(digit, f"--checkpoint={checkpoints['hat']}", f"--versus={other}", f"--out={tmp_path / 'maps'}")
-    with pytest.raises(SystemExit, match=r"--out=.*seven.png: a file; expected a folder"):
+    with pytest.raises(SystemExit, match=r"--out=.*digit.png: a file; expected a folder"):
         command(digit, f"--checkpoint={checkpoints['hat']}", f"--out={digit}")
 
 

@@ -204,7 +204,7 @@ def test_batch_and_mesh_must_fit_the_devices():
 
 
 def test_what_a_run_would_refuse_is_not_planned():
-    with pytest.raises(plan.PlanError, match="config.accumulate=3: expected a divisor of config.batch_size=64"):
+    with pytest.raises(plan.PlanError, match=r"config.accumulate=3: expected a divisor of config.batch_size=64"):
         plan.plan(small(accumulate=3), jax.devices()[:1], None)
 
 

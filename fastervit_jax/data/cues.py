@@ -1,8 +1,8 @@
 """A synthetic task that needs long-range information: the mark at one end of a strip says how to read the other's.
 
 The left mark is one of four, and its number is the label, unless the right one is the cue `swapped`: then it is the
-number of the left one's partner (0 and 1, 2 and 3 are partners). Who sees one end at a time is right where there is no such
-cue, MAJORITY of the strips; who adds up scores of the two ends can do a little better (`additive_bound`).
+number of the left one's partner (0 and 1, 2 and 3 are partners). Who sees one end at a time is right where there is no
+such cue, MAJORITY of the strips; who adds up scores of the two ends can do a little better (`additive_bound`).
 """
 
 import dataclasses
@@ -30,10 +30,9 @@ def patterns() -> Bool[np.ndarray, "6 4 4"]:
     """The four marks, then the cues `as it is` and `swapped`: as many white cells as black ones, any two patterns
     different in half of the cells or more."""
     rng, found = np.random.Generator(np.random.PCG64(0)), []
-    count = CLASSES + 2
-    while len(found) != count:
+    while len(found) < CLASSES + 2:
         new = rng.permutation(CELLS**2) < CELLS**2 // 2
-        if all(CELLS**2 // 2 <= (new != old).sum() for old in found):
+        if all((new != old).sum() >= CELLS**2 // 2 for old in found):
             found.append(new)
     return np.stack(found).reshape(-1, CELLS, CELLS)
 

@@ -42,8 +42,8 @@ def make_mesh(devices: list[jax.Device] | None = None, *, data: int = -1, fsdp: 
 def check_batch(images: int, accumulate: int, mesh: Mesh) -> None:
     """Raises ValueError unless each device gets as many images of each of the batch's parts."""
     if images % (mesh.size * accumulate):
-        raise ValueError(f"config.batch_size={images}: expected a multiple of {mesh.size * accumulate}, for {mesh.size} "
-                         f"devices and config.accumulate={accumulate}")
+        raise ValueError(f"config.batch_size={images}: expected a multiple of {mesh.size * accumulate}, for "
+                         f"{mesh.size} devices and config.accumulate={accumulate}")
 
 
 def over_batch(mesh: Mesh) -> NamedSharding:

@@ -56,7 +56,7 @@ def test_splits_are_always_the_same_and_differ():
 
 
 def test_too_narrow():
-    with pytest.raises(ValueError, match=r"config\.data\.image_size=40: the strips of cues are at least 48 pixels wide"):
+    with pytest.raises(ValueError, match=r"image_size=40: the strips of cues are at least 48 pixels wide"):
         cues.open_split("train", 40)
 
 
