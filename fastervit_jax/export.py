@@ -72,7 +72,7 @@ def export(
         raise FileExistsError(f"{path} exists: give a folder that does not")
     config = dataclasses.replace(model.config, dtype="float32")
     model = FasterViT(config)
-    variables = {name: variables[name] for name in ("params", "batch_stats") if name in variables}
+    variables = jax.tree.map(jnp.asarray, dict(variables))
     shape = (height, width, config.in_chans)
     jax.eval_shape(model.apply, variables, jax.ShapeDtypeStruct((1, *shape), jnp.float32))  # refuses what cannot be
     path.parent.mkdir(parents=True, exist_ok=True)

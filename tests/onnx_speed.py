@@ -16,17 +16,17 @@ import statistics
 import time
 
 
-def random_weights(name: str, path: str) -> None:
-    """Weights under which every array changes the logits, and activations keep their size."""
+def random_variables(config):
+    """Variables of the model with this config: every array changes the logits, and activations keep their size."""
     import jax
+    import jax.numpy as jnp
     import numpy as np
 
-    import fastervit_jax as fv
     from fastervit_jax.weights import pretrained
 
     rng = np.random.default_rng(0)
 
-    def draw(key: tuple, x: jax.ShapeDtypeStruct) -> np.ndarray:
+    def draw(key, x):
         last = key[-1].key
         if last == "kernel":
             values = rng.normal(size=x.shape) / np.prod(x.shape[:-1]) ** 0.5
@@ -34,11 +34,17 @@ def random_weights(name: str, path: str) -> None:
             values = 0.1 * rng.normal(size=x.shape)
         else:  # scales and variances
             values = rng.uniform(0.5, 1.5, x.shape)
-        return values.astype(np.float32)
+        return jnp.asarray(values, jnp.float32)
+
+    return jax.tree_util.tree_map_with_path(draw, pretrained.abstract_variables(config))
+
+
+def random_weights(name: str, path: str) -> None:
+    """A file of weights for `fastervit_jax.export`."""
+    import fastervit_jax as fv
 
     model = fv.create_model(name)
-    variables = jax.tree_util.tree_map_with_path(draw, pretrained.abstract_variables(model.config))
-    fv.save_pretrained(model, variables, path)
+    fv.save_pretrained(model, random_variables(model.config), path)
 
 
 def official(name: str, path: str, batch: int | None) -> None:

@@ -80,9 +80,9 @@ def test_every_config_is_complete_and_can_run(recipe, argument):
     with pytest.raises(TypeError):
         config.model.ct_size = "two"
     check(config)
-    name = argument.split(",")[0] or {"digits": "", "imagenet": "faster_vit_0_224", "finetune": "faster_vit_4_21k_384",
-                                      "imagenet21k": "faster_vit_4_21k_224"}[recipe]
-    if recipe != "digits":
+    if recipe in RECIPES:
+        name = argument.split(",")[0] or {"imagenet": "faster_vit_0_224", "finetune": "faster_vit_4_21k_384",
+                                          "imagenet21k": "faster_vit_4_21k_224"}[recipe]
         assert config.name == f"{recipe}_{name}{'_smoke' if 'smoke' in argument else ''}"
 
 

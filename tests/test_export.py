@@ -5,26 +5,22 @@ import re
 import sys
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import fastervit_jax as fv
 from fastervit_jax import export
 from tests.official import relative_error
+from tests.onnx_speed import random_variables
 
 SIDE = 64
 
 
 @pytest.fixture(scope="module")
 def model_and_variables():
-    """The tests' variant with every array moved, so that no term is zero or one."""
+    """The tests' variant with random numbers in every array, so that no term is zero or one."""
     model = fv.create_model("testing")
-    variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, SIDE, SIDE, 3)))
-    leaves, tree = jax.tree.flatten(variables)
-    rng = np.random.default_rng(0)
-    moved = [np.asarray(x) + 0.05 * np.abs(rng.normal(size=x.shape)).astype(np.float32) for x in leaves]
-    return model, jax.tree.unflatten(tree, moved)
+    return model, random_variables(model.config)
 
 
 @pytest.fixture

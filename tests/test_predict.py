@@ -4,7 +4,6 @@ import csv
 import json
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
@@ -13,6 +12,7 @@ import fastervit_jax as fv
 from configs import digits
 from fastervit_jax import predict
 from fastervit_jax.data import decode
+from tests.onnx_speed import random_variables
 
 SMALL = {"dim": 8, "in_dim": 8, "depths": (1, 1, 1, 1), "window_size": (2, 2, 2, 2), "ct_size": 1,
          "hat": (False, False, False, False), "num_classes": 3}
@@ -21,10 +21,7 @@ SMALL = {"dim": 8, "in_dim": 8, "depths": (1, 1, 1, 1), "window_size": (2, 2, 2,
 def save(path, **changes):
     """A small model with random weights in a file."""
     model = fv.create_model("faster_vit_0_224", **{**SMALL, **changes})
-    variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 32, 32, model.config.in_chans)))
-    if model.config.num_classes:  # a head that tells images apart
-        head = variables["params"]["head"]
-        head["kernel"] = 0.5 * jax.random.normal(jax.random.key(1), head["kernel"].shape)
+    variables = random_variables(model.config)
     fv.save_pretrained(model, variables, path)
     return model, variables
 
