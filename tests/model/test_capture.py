@@ -111,12 +111,12 @@ def test_with_remat_and_in_training(key):
     assert {x.dtype for x in jax.tree.leaves(updated["attention"])} == {jnp.dtype("float32")}
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_going_on_from_a_stage(stage):
+def test_going_on_from_a_stage():
     model, variables, images = parts()
 
     def again(variables, images):
-        return model.apply(variables, model.apply(variables, images, method="features")[stage], stage,
-                           method="from_stage")
+        return [model.apply(variables, x, stage, method="from_stage")
+                for stage, x in enumerate(model.apply(variables, images, method="features"))]
 
-    assert official.relative_error(jax.jit(again)(variables, images), captured()[0]) < 1e-6
+    for logits in jax.jit(again)(variables, images):
+        assert official.relative_error(logits, captured()[0]) < 1e-6
