@@ -57,7 +57,7 @@ def _one_call(call: Callable, args: tuple, kwargs: dict, context: nn.module.Inte
     module = context.module
     if isinstance(module, nn.LayerNorm) and context.method_name == "__call__":
         own = module.variables["params"]
-        return onnx_layer_norm(args[0], own["scale"], own["bias"], np.float32(module.epsilon))
+        return onnx_layer_norm(args[0], own["scale"], own["bias"], jnp.float32(module.epsilon))
     return call(*args, **kwargs)
 
 
@@ -175,7 +175,7 @@ def multiply(a: Value, b: Value) -> Node:
 def divide(a: Value, b: Value) -> Node:
     """a / b; softmax if they are exp(x) and its sum over the last axis, where x may have had a maximum taken away."""
     if not isinstance(b, Node):
-        return multiply(a, np.float32(1) / b)
+        return multiply(a, np.asarray(1 / b, np.float32))
     total = b.inputs[0] if b.op == "Reshape" else b
     sums = isinstance(a, Node) and a.op == "Exp" and total.op == "ReduceSum" and total.inputs[0] is a
     if sums and total.attributes["axes"] == (len(a.shape) - 1,) and b.shape == (*a.shape[:-1], 1):
@@ -249,7 +249,7 @@ def _into_layer(op: str, inputs: list[Value], uses: Mapping[Node, int]) -> Node 
         kernel = kernel * (factor[:, None, None, None] if layer.op == "Conv" else factor[None])
         bias = [b * factor for b in bias]
     else:
-        bias = [(bias[0] if bias else np.float32(0)) + (factor if op == "Add" else -factor)]
+        bias = [(bias[0] if bias else 0) + (factor if op == "Add" else -factor)]
     layer = dataclasses.replace(layer, inputs=(images, kernel, *bias))
     return layer if x.op == "Linear" else transpose(layer, x.attributes["perm"])
 
@@ -348,7 +348,7 @@ def _window_sum(eqn: Any, x: Node) -> Node:
     channels_first = tuple(out[i] for i in (0, 3, 1, 2))
     attributes = {"kernel_shape": (kh, kw), "strides": p["window_strides"][1:3]}
     mean = Node("AveragePool", (transpose(x, (0, 3, 1, 2)),), channels_first, attributes)
-    return transpose(elementwise("Mul", mean, np.float32(kh * kw)), (0, 2, 3, 1))
+    return transpose(elementwise("Mul", mean, np.array(kh * kw, np.float32)), (0, 2, 3, 1))
 
 
 def _reduce(op: str) -> Callable:
@@ -473,7 +473,7 @@ class _Writer:
                 self._emit("Add", [product, inputs[2]], name)
         elif node.op == "Erfc":
             self._emit("Erf", inputs, f"{name}_erf")
-            self._emit("Sub", [self._constant(np.float32(1)), f"{name}_erf"], name)
+            self._emit("Sub", [self._constant(np.array(1, np.float32)), f"{name}_erf"], name)
         elif node.op in ("ReduceSum", "ReduceMax"):
             axes = self._constant(np.array(node.attributes["axes"], np.int64))
             self._emit(node.op, [*inputs, axes], name, keepdims=0)
