@@ -16,8 +16,8 @@ import importlib
 import logging
 import os
 import pathlib
-import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -146,20 +146,18 @@ def _onnx(model: FasterViT, variables: Mapping[str, Any], shape: tuple[int, int,
     path = path.resolve()
     data = path.with_name(f"{path.name}.data")
     graph = onnx_graph.build(model, variables, *shape[:2])
-    with replacing(path.with_name(f"{path.name}.new")) as folder:  # the file refers to its data by name
-        folder.mkdir()
-        partial = folder / path.name
+    # In a folder of its own, since the file refers to its data by name.
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f"{path.name}.", suffix=".partial") as folder:
+        partial = pathlib.Path(folder, path.name)
         onnx_graph.write(graph, partial, "logits" if model.config.num_classes else "features")
         session = onnxruntime.InferenceSession(partial, providers=["CPUExecutionProvider"])
         error = check(lambda x: session.run(None, {"images": x})[0], model, variables, shape, str(path))
         del session
         path.unlink(missing_ok=True)  # never an old graph with new data
         data.unlink(missing_ok=True)
-        if (folder / data.name).exists():
-            os.replace(folder / data.name, data)
+        if partial.with_name(data.name).exists():
+            os.replace(partial.with_name(data.name), data)
         os.replace(partial, path)
-    folder = path.with_name(f"{path.name}.new")
-    shutil.rmtree(folder)
     return error
 
 

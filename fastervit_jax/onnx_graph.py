@@ -22,7 +22,7 @@ import onnx
 from fastervit_jax.model.fastervit import FasterViT
 
 OPSET = 20
-"""The first with Gelu: ONNX 1.15, onnxruntime 1.17."""
+"""The first with Gelu."""
 EXTERNAL_FROM = 1_900_000_000
 """Bytes of weights that get a file of their own: a protocol buffer has less than 2 GiB."""
 
