@@ -189,7 +189,7 @@ def divide(a: Value, b: Value) -> Node:
 # Simplification
 
 
-POINTWISE = ("Add", "Sub", "Mul", "Div", "Max", "Relu", "Gelu", "Neg", "Exp", "Erf", "Erfc", "Tanh", "Sigmoid", "Sqrt")
+POINTWISE = ("Add", "Sub", "Mul", "Div", "Max", "Relu", "Gelu", "Neg", "Exp", "Erfc", "Sigmoid")
 
 
 def simplify(output: Node) -> Node:
@@ -352,10 +352,7 @@ def _window_sum(eqn: Any, x: Node) -> Node:
 
 
 def _reduce(op: str) -> Callable:
-    def translate(eqn: Any, x: Node) -> Node:
-        return Node(op, (x,), _shape(eqn.outvars[0].aval), {"axes": tuple(eqn.params["axes"])})
-
-    return translate
+    return lambda eqn, x: Node(op, (x,), _shape(eqn.outvars[0].aval), {"axes": tuple(eqn.params["axes"])})
 
 
 def _concatenate(eqn: Any, *parts: Value) -> Node:
@@ -378,10 +375,6 @@ def _convert(eqn: Any, x: Value) -> Value:
     return x
 
 
-def _unstack(eqn: Any, x: Node) -> list[Node]:
-    return [index(x, eqn.params["axis"], i) for i in range(len(eqn.outvars))]
-
-
 def _unary(op: str) -> Callable:
     return lambda eqn, x: elementwise(op, x)
 
@@ -393,15 +386,16 @@ def _binary(op: str) -> Callable:
 BROADCASTING = {
     "add": _binary("Add"), "sub": _binary("Sub"), "mul": lambda eqn, a, b: multiply(a, b),
     "div": lambda eqn, a, b: divide(a, b), "max": _max,
-    "neg": _unary("Neg"), "exp": _unary("Exp"), "erfc": _unary("Erfc"), "erf": _unary("Erf"), "tanh": _unary("Tanh"),
-    "logistic": _unary("Sigmoid"), "sqrt": _unary("Sqrt"), "square": lambda eqn, x: multiply(x, x),
+    "neg": _unary("Neg"), "exp": _unary("Exp"), "erfc": _unary("Erfc"),
+    "logistic": _unary("Sigmoid"), "square": lambda eqn, x: multiply(x, x),
     "convert_element_type": _convert, "copy": lambda eqn, x: x, "stop_gradient": lambda eqn, x: x,
     "broadcast_in_dim": _broadcast,
 }  # fmt: skip
 """Operations that take a value with axes of length 1 for the whole one."""
 TRANSLATIONS = {
     **BROADCASTING, "conv_general_dilated": _convolution, "dot_general": _dot, "slice": _slice, "squeeze": _squeeze,
-    "reshape": _reshape, "gather": _gather, "pad": _pad, "reduce_window_sum": _window_sum, "unstack": _unstack,
+    "reshape": _reshape, "gather": _gather, "pad": _pad, "reduce_window_sum": _window_sum,
+    "unstack": lambda eqn, x: [index(x, eqn.params["axis"], i) for i in range(len(eqn.outvars))],
     "reduce_sum": _reduce("ReduceSum"), "reduce_max": _reduce("ReduceMax"), "concatenate": _concatenate,
     "transpose": lambda eqn, x: transpose(x, tuple(eqn.params["permutation"])),
 }  # fmt: skip
