@@ -10,7 +10,6 @@ lie in OUT/NAME, as PNGs and as arrays in maps.npz; docs/attention_maps.md says 
 
 import argparse
 import dataclasses
-import json
 import logging
 import pathlib
 import sys
@@ -25,31 +24,14 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure, SubFigure
-from ml_collections import ConfigDict
 
-from fastervit_jax import rollout
-from fastervit_jax.data import augment, decode
-from fastervit_jax.model.fastervit import FasterViT
-from fastervit_jax.model.variants import ModelConfig, get_variant
-from fastervit_jax.weights import pretrained, sources
+from fastervit_jax import rollout, trained
+from fastervit_jax.data import augment
+from fastervit_jax.model.variants import ModelConfig
 from fastervit_jax.weights.torch_file import replacing
 
-IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
-"""What weights that tell nothing of their images were trained with; for grey images the average over the colours."""
 COLOURS, ALPHA = "inferno", 0.65
 PANEL = 1.3  # inches, in a grid of blocks and heads
-
-
-@dataclasses.dataclass(frozen=True)
-class Loaded:
-    """A model with its weights, and how evaluation gives it images."""
-
-    name: str
-    model: FasterViT
-    variables: dict
-    crop: decode.EvalCrop
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,46 +69,7 @@ class Maps:
     arrays: dict[str, np.ndarray]
 
 
-# Reading
-
-
-def load(checkpoint: str) -> Loaded:
-    """The model of a checkpoint: all that `from_pretrained` reads, and of runs that average the averaged weights.
-
-    A workdir of train.py tells in its config.json how evaluation cuts and normalises images, also for a file of its
-    weights that lies in it. Other files are taken as the registered model's that is nearest.
-    """
-    path = pathlib.Path(checkpoint)
-    told = (path if path.is_dir() else path.parent) / "config.json"
-    run = json.loads(told.read_text()) if path.exists() and told.exists() else {}
-    opened = sources.open_source(checkpoint, ema=path.is_dir() and run.get("ema_decay", 0) > 0)
-    found, config = pretrained.infer(opened, {})
-    variables, _ = pretrained.load_variables(opened, config, put=jnp.asarray)
-    if config.in_chans not in (1, 3):
-        raise ValueError(f"{checkpoint}: in_chans={config.in_chans}; images have 1 channel (grey) or 3 (RGB)")
-    if "data" in run and (path.is_dir() or ModelConfig(**run["model"]) == config):
-        crop = decode.eval_crop(ConfigDict({"data": run["data"], "model": {"in_chans": config.in_chans}}))
-        mean, std = run["data"]["mean"], run["data"]["std"]
-    else:
-        variant = get_variant(found.nearest)
-        side = next(side for side in (found.side, opened.side, variant.resolution) if side is not None)
-        crop = decode.EvalCrop(side, config.in_chans, variant.crop_pct, variant.crop_mode)
-        mean, std = (IMAGENET[x] if config.in_chans == 3 else (np.mean(IMAGENET[x]),) for x in ("mean", "std"))
-    print(f"{checkpoint}: {crop.size} × {crop.size} pixels, {crop.crop:g} of the image ({crop.mode}), mean "
-          f"{', '.join(f'{x:g}' for x in mean)}, deviation {', '.join(f'{x:g}' for x in std)}")
-    return Loaded(checkpoint, FasterViT(config), variables, crop, tuple(mean), tuple(std))
-
-
-def read_image(path: pathlib.Path, crop: decode.EvalCrop) -> UInt8[np.ndarray, "size size c"]:
-    """The pixels that evaluation would see. Raises OSError if there is no file, ValueError if it is no whole image."""
-    data = path.read_bytes()
-    try:
-        return crop(data)
-    except Exception as error:  # PIL raises what it likes on damaged bytes
-        raise ValueError(f"{path}: cannot be read as an image ({type(error).__name__}: {error})") from error
-
-
-def check(asked: Asked, loaded: Loaded) -> list[tuple[int, int]]:
+def check(asked: Asked, loaded: trained.Trained) -> list[tuple[int, int]]:
     """The blocks to draw, as (stage, number). Raises ValueError if the model does not have what is asked for."""
     config, size = loaded.model.config, loaded.crop.size
     if asked.query and not all(0 <= at < size for at in asked.query):
@@ -142,8 +85,6 @@ def check(asked: Asked, loaded: Loaded) -> list[tuple[int, int]]:
         if asked.head is not None and not 0 <= asked.head < config.num_heads[stage]:
             raise ValueError(f"--head={asked.head}: stage {stage} of {loaded.name} has the heads 0 to "
                              f"{config.num_heads[stage] - 1}{'' if asked.block else '; choose a block with --block'}")
-    if not config.num_classes:
-        raise ValueError(f"{loaded.name}: a model without a head (num_classes=0), and so without a class score")
     if asked.cam_class is not None and not 0 <= asked.cam_class < config.num_classes:
         raise ValueError(f"--class={asked.cam_class}: {loaded.name} has the classes 0 to {config.num_classes - 1}")
     return blocks
@@ -152,7 +93,7 @@ def check(asked: Asked, loaded: Loaded) -> list[tuple[int, int]]:
 # Computing
 
 
-def compute(loaded: Loaded, pixels: UInt8[np.ndarray, "size size c"], asked: Asked) -> Maps:
+def compute(loaded: trained.Trained, pixels: UInt8[np.ndarray, "size size c"], asked: Asked) -> Maps:
     """All maps of one image."""
     blocks, config, size = check(asked, loaded), loaded.model.config, loaded.crop.size
     images = augment.normalise(jnp.asarray(pixels)[None], loaded.mean, loaded.std)
@@ -325,7 +266,7 @@ def write(every: Sequence[Maps], asked: Asked, folder: pathlib.Path) -> list[str
     return [*(f"{name}.png" for name in figures), "maps.npz"]
 
 
-def run(images: Sequence[pathlib.Path], checkpoints: Sequence[str], asked: Asked, out: pathlib.Path) -> None:
+def run(images: Sequence[pathlib.Path], models: Sequence[trained.Trained], asked: Asked, out: pathlib.Path) -> None:
     """All that the command does. Everything that is asked for is checked before anything is written."""
     names = [path.stem for path in images]
     for name in names:
@@ -334,14 +275,14 @@ def run(images: Sequence[pathlib.Path], checkpoints: Sequence[str], asked: Asked
                              "draw them with another --out")
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out={out}: a file; expected a folder, or a new name")
-    models = [load(checkpoint) for checkpoint in checkpoints]
     for loaded in models:
+        print(loaded.describe())
         check(asked, loaded)
         cut = dataclasses.replace(loaded.crop, channels=models[0].crop.channels)
         if cut != models[0].crop:
             raise ValueError(f"{loaded.name} sees images as {loaded.crop}, {models[0].name} as {models[0].crop}: "
                              "expected two models that see the same part of them, in the same size")
-    read = [[read_image(path, loaded.crop) for loaded in models] for path in images]
+    read = [[trained.read_image(path, loaded.crop) for loaded in models] for path in images]
     for name, pixels in zip(names, read, strict=True):
         every = [compute(loaded, given, asked) for loaded, given in zip(models, pixels, strict=True)]
         files = write(every, asked, out / name)
@@ -373,8 +314,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m fastervit_jax.attention_maps", description=__doc__,
                                      formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("images", nargs="+", metavar="IMAGE", type=pathlib.Path)
-    parser.add_argument("--checkpoint", required=True, metavar="FILE_OR_FOLDER",
-                        help="weights: a workdir of train.py, a file, a registered name")
     parser.add_argument("--versus", metavar="FILE_OR_FOLDER", help="another model, drawn beside it")
     parser.add_argument("--query", type=_pixel, metavar="X,Y",
                         help="a pixel of the cropped image, column and row, as photograph.png counts them;\n"
@@ -387,13 +326,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
                         help="the stage whose map Grad-CAM is on (default: %(default)s)")
     parser.add_argument("--out", default="attention_maps", type=pathlib.Path, metavar="DIR",
                         help="folder for the results (default: %(default)s)")
+    trained.add_arguments(parser)
     given = parser.parse_args(arguments)
     logging.basicConfig(format="%(levelname)s %(message)s")
     asked = Asked(given.query, given.block, given.head, given.cam_class, given.grad_cam_stage)
     checkpoints = [given.checkpoint, *([given.versus] if given.versus else [])]
     try:
         with jax.default_matmul_precision("highest"):
-            run(given.images, checkpoints, asked, given.out)
+            models = [trained.load(checkpoint, **trained.given(given)) for checkpoint in checkpoints]
+            run(given.images, models, asked, given.out)
     except (ValueError, OSError) as error:
         sys.exit(str(error))
 

@@ -16,7 +16,7 @@ from sklearn.datasets import load_sample_image
 
 import fastervit_jax as fv
 from configs import digits
-from fastervit_jax import attention_maps, rollout
+from fastervit_jax import attention_maps, rollout, trained
 from fastervit_jax.data import sources
 
 CHANGES = {"model.dim": 8, "model.in_dim": 8, "model.depths": (1, 1, 2, 1), "model.num_heads": (1, 1, 2, 2)}
@@ -62,7 +62,7 @@ def test_pictures_and_arrays(checkpoints, digit, tmp_path, capsys):
     command(digit, f"--checkpoint={checkpoints['hat']}", f"--versus={checkpoints['windows'] / 'best.safetensors'}",
             "--query=30,20", f"--out={out}")
     printed = capsys.readouterr().out
-    assert printed.count("64 × 64 pixels, 1 of the image (center), mean 0.3, deviation 0.35") == 2
+    assert printed.count("64 × 64 pixels, 1 of the image (squash), mean 0.3, deviation 0.35") == 2
     assert "best.safetensors has no carrier tokens in images of 64 pixels: no carrier attention to draw" in printed
     expected = {"photograph", "rollout", "grad_cam", "rollout_stage2", "rollout_stage3", "window_attention_stage2",
                 "window_attention_stage3", "carrier_attention_stage2"}
@@ -162,10 +162,10 @@ def test_a_bare_file_is_taken_as_the_nearest_variant(tmp_path):
     model = fv.create_model("faster_vit_0_224", dim=8, in_dim=8, num_heads=(1, 1, 1, 1), num_classes=3)
     shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 64, 64, 3)))
     fv.save_pretrained(model, jax.tree.map(lambda x: jnp.ones(x.shape), shapes), tmp_path / "weights.safetensors")
-    loaded = attention_maps.load(str(tmp_path / "weights.safetensors"))
+    loaded = trained.load(str(tmp_path / "weights.safetensors"))
     assert (loaded.crop.size, loaded.crop.crop, loaded.crop.channels) == (224, 0.875, 3)
     assert loaded.mean == (0.485, 0.456, 0.406)
     Image.fromarray(load_sample_image("china.jpg")).save(tmp_path / "china.jpg")
-    pixels = attention_maps.read_image(tmp_path / "china.jpg", loaded.crop)
+    pixels = trained.read_image(tmp_path / "china.jpg", loaded.crop)
     assert pixels.shape == (224, 224, 3)
     assert pixels.std() > 20

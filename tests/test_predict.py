@@ -10,7 +10,7 @@ from PIL import Image
 
 import fastervit_jax as fv
 from configs import digits
-from fastervit_jax import predict
+from fastervit_jax import predict, trained
 from fastervit_jax.data import decode
 from tests.onnx_speed import random_variables
 
@@ -71,7 +71,7 @@ def test_folder_in_batches_as_csv(checkpoint, pictures, tmp_path):
 
 
 def test_compiles_once(checkpoint, pictures, caplog):
-    classifier = predict.load(str(checkpoint[0]), resolution=64)
+    classifier = trained.load(str(checkpoint[0]), resolution=64)
     with jax.log_compiles(), caplog.at_level("WARNING"):
         done = list(predict.predict(classifier, predict.find_images([pictures]), batch=2))  # the last batch has one
     assert len(done) == 5
@@ -87,11 +87,11 @@ def test_unreadable_images_are_named_and_the_rest_done(checkpoint, pictures, tmp
     with pytest.raises(SystemExit, match="2 of 5 images could not be read"):
         predict.main([*arguments, f"--json={out}"])
     told = capsys.readouterr().err
-    assert "b.jpg: OSError" in told
-    assert "d.png: ValueError: no image: 8 bytes" in told
+    assert "b.jpg: cannot be read as an image (OSError" in told
+    assert "d.png: cannot be read as an image (ValueError: no image: 8 bytes" in told
     entries = {entry["image"]: entry for entry in json.loads(out.read_text())}
     assert list(entries) == [str(p) for p in predict.find_images([pictures])]
-    assert entries[str(pictures / "d.png")]["error"].startswith("ValueError: no image")
+    assert "ValueError: no image" in entries[str(pictures / "d.png")]["error"]
     for name in ("a.png", "e.png", "more/c.PNG"):
         given = {x["class"]: x["probability"] for x in entries[str(pictures / name)]["top"]}
         np.testing.assert_allclose([given[k] for k in range(3)], expected(checkpoint, pictures / name), rtol=1e-4)
@@ -104,7 +104,7 @@ def test_workdir_tells_crop_and_classes(tmp_path, capsys):
     workdir.mkdir()
     save(workdir / "best.safetensors", in_chans=1, num_classes=10)
     (workdir / "config.json").write_text(config.to_json())
-    classifier = predict.load(str(workdir / "best.safetensors"))
+    classifier = trained.load(str(workdir / "best.safetensors"))
     assert classifier.class_names == tuple("0123456789")
     assert (classifier.mean, classifier.std) == ((0.3,), (0.35,))
     picture = np.random.default_rng(0).integers(0, 256, (64, 64), np.uint8)
@@ -118,13 +118,13 @@ def test_workdir_tells_crop_and_classes(tmp_path, capsys):
 
 
 def test_class_names(tmp_path, caplog):
-    names = predict.class_names(1000, {})
+    names = trained.class_names(1000, {})
     assert names[0] == "tench, Tinca tinca"
     assert names[207] == "golden retriever"
     assert names[999].startswith("toilet tissue")
     assert len(set(names)) >= 998  # two words have two meanings each
-    assert predict.class_names(1000, {"data": {"source": "imagenet_v2/matched-frequency"}}) == names
-    assert predict.class_names(3, {}) == ("0", "1", "2")
+    assert trained.class_names(1000, {"data": {"source": "imagenet_v2/matched-frequency"}}) == names
+    assert trained.class_names(3, {}) == ("0", "1", "2")
 
     for name in ("rose", "daisy"):
         (tmp_path / "train" / name).mkdir(parents=True)
@@ -132,13 +132,13 @@ def test_class_names(tmp_path, caplog):
     run = digits.get_config().to_dict()
     run["data"] |= {"source": "folder", "dir": str(tmp_path)}
     run["model"] |= {"num_classes": 2}
-    assert predict.class_names(2, run) == ("daisy", "rose")
+    assert trained.class_names(2, run) == ("daisy", "rose")
     run["data"]["dir"] = "gone"
-    assert predict.class_names(2, run) == ("0", "1")
+    assert trained.class_names(2, run) == ("0", "1")
     assert "the run's dataset cannot be read" in caplog.text
 
     (tmp_path / "names.txt").write_text("left\nright\n")
-    assert predict.class_names(2, run, tmp_path / "names.txt") == ("left", "right")
+    assert trained.class_names(2, run, tmp_path / "names.txt") == ("left", "right")
 
 
 def test_errors(checkpoint, pictures, tmp_path, monkeypatch):
