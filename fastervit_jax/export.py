@@ -24,7 +24,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from ml_collections import ConfigDict
 
+from fastervit_jax import trained
+from fastervit_jax.data import sources as data_sources
 from fastervit_jax.model.fastervit import FasterViT
 from fastervit_jax.model.variants import get_variant
 from fastervit_jax.weights import pretrained, sources
@@ -153,8 +156,9 @@ def _onnx(model: FasterViT, variables: Mapping[str, Any], shape: tuple[int, int,
         session = onnxruntime.InferenceSession(partial, providers=["CPUExecutionProvider"])
         error = check(lambda x: session.run(None, {"images": x})[0], model, variables, shape, str(path))
         del session
-        path.unlink(missing_ok=True)  # never an old graph with new data
-        data.unlink(missing_ok=True)
+        if data.exists() or partial.with_name(data.name).exists():
+            path.unlink(missing_ok=True)  # never an old graph with new data
+            data.unlink(missing_ok=True)
         if partial.with_name(data.name).exists():
             os.replace(partial.with_name(data.name), data)
         os.replace(partial, path)
@@ -208,7 +212,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("source", metavar="SOURCE")
     parser.add_argument("destination", metavar="DESTINATION", type=pathlib.Path)
     parser.add_argument("--to", choices=sorted(WRITERS), help="the form, whatever DESTINATION's ending")
-    parser.add_argument("--ema", action="store_true", help="the averaged weights, if the source has them")
+    parser.add_argument("--ema", action=argparse.BooleanOptionalAction, help="the averaged weights; by default those "
+                        "of a workdir that has them, of nothing else")
     parser.add_argument("--resolution", type=int, metavar="PIXELS",
                         help="side of the images; by default that of the run, or of the registered variant")
     args = parser.parse_args(argv)
@@ -216,19 +221,25 @@ def main(argv: list[str] | None = None) -> None:
     try:
         form = args.to or form_of(args.destination)  # before anything is read
         _need(form)
-        opened = sources.open_source(args.source, ema=args.ema)
+        run = trained.run_config(args.source)
+        averaged = trained.has_averages(args.source, run) if args.ema is None else args.ema
+        opened = sources.open_source(args.source, ema=averaged)
         found, config = pretrained.infer(opened, {"dtype": "float32"})
         variables, _ = pretrained.load_variables(opened, config)
         told = (args.resolution, found.side, opened.side, get_variant(found.nearest).resolution)
         side = next(side for side in told if side is not None)
-        error = export(FasterViT(config), variables, args.destination, resolution=side, to=form)
+        sides = (side, side)
+        if run and args.resolution is None:
+            sides = data_sources.image_sides(ConfigDict(run))
+        error = export(FasterViT(config), variables, args.destination, resolution=sides, to=form)
     except (ValueError, TypeError, OSError, ImportError, ExportError, NotImplementedError) as error:
         sys.exit(f"{type(error).__name__}: {error}")
     written = args.destination
     files = [p for p in written.rglob("*") if p.is_file()] if written.is_dir() else [
         p for p in (written, written.with_name(f"{written.name}.data")) if p.exists()]
     size = sum(p.stat().st_size for p in files)
-    print(f"{written}: {form}, {size / 1e6:,.1f} MB, images (batch, {side}, {side}, {config.in_chans}) in float32; "
+    images = ", ".join(map(str, (*sides, config.in_chans)))
+    print(f"{written}: {form}, {size / 1e6:,.1f} MB, images (batch, {images}) in float32; "
           f"largest relative error {error:.1e}, on {' and '.join(map(str, BATCH_SIZES))} random images")
 
 

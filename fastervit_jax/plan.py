@@ -26,6 +26,7 @@ from absl import flags
 from jax.experimental import topologies
 from ml_collections import ConfigDict
 
+from fastervit_jax.data import sources
 from fastervit_jax.model.fastervit import FasterViT
 from fastervit_jax.train import command, schedule, sharding, speed
 from fastervit_jax.train.check import check
@@ -145,9 +146,9 @@ def abstract_inputs(
     model: FasterViT, optimizer: Any, config: ConfigDict, mesh: jax.sharding.Mesh
 ) -> tuple[Any, dict[str, jax.ShapeDtypeStruct]]:
     """The train step's state and batch as shapes, types and shardings, without values."""
-    images, size = config.batch_size, config.data.image_size
-    shapes = {"image": ((images, size, size, config.model.in_chans), np.uint8), "label": ((images,), np.int32),
-              "weight": ((images,), np.float32)}
+    images = config.batch_size
+    image = (*sources.image_sides(config), config.model.in_chans)
+    shapes = {"image": ((images, *image), np.uint8), "label": ((images,), np.int32), "weight": ((images,), np.float32)}
     over_batch = sharding.over_batch(mesh)
     state = abstract_state(model, optimizer, config, mesh)
     return state, {name: jax.ShapeDtypeStruct(*x, sharding=over_batch) for name, x in shapes.items()}
@@ -227,7 +228,7 @@ def plan(config: ConfigDict, devices: list[Any], chip: Chip | None) -> tuple[dic
         "dtype": config.model.dtype,
         "parameters": sum(math.prod(x.shape) for x in jax.tree.leaves(state.params)),
         "model_flops": 3 * speed.model_flops(
-            model, state.variables, config.data.image_size, config.batch_size) * config.batch_size / len(devices),
+            model, state.variables, sources.image_sides(config), config.batch_size) * config.batch_size / len(devices),
         "state_bytes": bytes_a_device(state), "batch_bytes": bytes_a_device(batch),
         "rules": sharding.describe(state, mesh).splitlines(),
         "limit_bytes": memory_limit(devices[0], chip),

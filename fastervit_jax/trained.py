@@ -60,7 +60,10 @@ def load(
     do not fit it.
     """
     run = run_config(checkpoint)
-    opened = sources.open_source(checkpoint, ema=pathlib.Path(checkpoint).is_dir() and run.get("ema_decay", 0) > 0)
+    if run.get("data", {}).get("source") == "cues":
+        raise ValueError(f"{checkpoint}: trained on the strips of configs/cues.py, as which image files cannot be cut; "
+                         "use fastervit_jax.rollout, or model.apply, in Python")
+    opened = sources.open_source(checkpoint, ema=has_averages(checkpoint, run))
     found, config = pretrained.infer(opened, {})
     if not config.num_classes:
         raise WeightsError(f"{checkpoint}: its model has no head (num_classes=0), and so no classes")
@@ -69,24 +72,31 @@ def load(
     whole = data.get("source") == "digits"  # they are whole pictures, which evaluation does not cut
     told = (resolution, data.get("image_size"), found.side, opened.side, variant.resolution)
     side = next(side for side in told if side is not None)
-    part = crop or (1.0 if whole else data.get("eval_crop") or variant.crop_pct)
+    part = crop if crop is not None else 1.0 if whole else data.get("eval_crop", variant.crop_pct)
     mode = "squash" if whole else data.get("eval_mode") or variant.crop_mode
     channels = config.in_chans
     colours = channels == 3
-    mean = mean or data.get("mean") or (IMAGENET_MEAN if colours else None)
-    std = std or data.get("std") or (IMAGENET_STD if colours else None)
+    mean = mean if mean is not None else data.get("mean", IMAGENET_MEAN if colours else None)
+    std = std if std is not None else data.get("std", IMAGENET_STD if colours else None)
     if channels not in (1, 3):
         raise ValueError(f"{checkpoint}: its model takes images of {channels} channels, files have 1 (grey) or 3 (RGB)")
     for name, values in (("mean", mean), ("std", std)):
-        if values is None or len(values) != channels or not all(map(math.isfinite, values)):
-            raise ValueError(f"--{name}={values}: expected {channels} number(s), one a channel; the checkpoint has no "
-                             "config.json beside it that tells them")
+        if values is None:
+            raise ValueError(f"{checkpoint} has no config.json beside it that tells how grey images are normalised: "
+                             f"give --{name}, one number from 0 to 1")
+        if len(values) != channels or not all(map(math.isfinite, values)):
+            raise ValueError(f"--{name}={values}: expected {channels} finite number(s), one a channel")
     if side < 32 or not 0 < part <= 1 or mode not in EVAL_MODES or min(std) <= 0:
         raise ValueError(f"images of {side} pixels, crop {part}, mode {mode}, std {std}: expected at least 32 pixels, "
                          "a crop of more than 0 and at most 1, a positive std")
     names = class_names(config.num_classes, run, classes)
     cut = EvalCrop(side, channels, part, mode)
     return Trained(checkpoint, FasterViT(config), variables, cut, tuple(mean), tuple(std), names)
+
+
+def has_averages(checkpoint: str, run: dict[str, Any]) -> bool:
+    """Whether it is the workdir of a run that averages its weights."""
+    return pathlib.Path(checkpoint).is_dir() and run.get("ema_decay", 0) > 0
 
 
 def run_config(checkpoint: str) -> dict[str, Any]:
@@ -123,7 +133,7 @@ def class_names(num_classes: int, run: dict[str, Any], file: str | os.PathLike |
     elif source is not None:
         try:
             names = make_source(ConfigDict(run), data["train_split"]).class_names
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, ImportError, LookupError, AttributeError) as error:  # an older config, a lack
             LOG.warning("classes are numbers, since the run's dataset cannot be read (--classes names them): %s", error)
     if names and len(names) != num_classes:
         LOG.warning("classes are numbers: %s has %d classes, the model %d", source, len(names), num_classes)

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 import fastervit_jax as fv
-from configs import digits
+from configs import cues, digits
 from fastervit_jax import predict, trained
 from fastervit_jax.data import decode
 from tests.onnx_speed import random_variables
@@ -141,6 +141,14 @@ def test_class_names(tmp_path, caplog):
     assert trained.class_names(2, run, tmp_path / "names.txt") == ("left", "right")
 
 
+def test_strips_are_no_files(tmp_path):
+    config = cues.get_config().to_dict()
+    save(tmp_path / "best.safetensors", **config["model"])
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"trained on the strips of configs/cues.py, as which image files cannot be"):
+        trained.load(str(tmp_path / "best.safetensors"))
+
+
 def test_errors(checkpoint, pictures, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
@@ -156,7 +164,9 @@ def test_errors(checkpoint, pictures, tmp_path, monkeypatch):
         (["pictures", "--checkpoint=other.pth"], "WeightsError: other.pth"),
         (["pictures", "--checkpoint=pictures"], "pictures: the folder is none of ours"),
         (["pictures", "--checkpoint=headless.safetensors"], "its model has no head"),
-        (["pictures", "--checkpoint=grey.safetensors"], r"--mean=None: expected 1 number\(s\), one a channel"),
+        (["pictures", "--checkpoint=grey.safetensors"], "how grey images are normalised: give --mean, one number"),
+        (["pictures", good, "--mean=0.5"], r"--mean=\(0.5,\): expected 3 finite number\(s\), one a channel"),
+        (["pictures", good, "--crop=0"], "crop 0.0, .*: expected at least 32 pixels, a crop of more than 0"),
         (["pictures", good, "--classes=names.txt"], "names.txt: 2 lines, but the model has 3 classes"),
         (["pictures", good, "--csv=gone/out.csv"], "gone/out.csv: expected the name of a file in a folder that exists"),
     ):

@@ -116,6 +116,12 @@ def make_source(config: ConfigDict, split: str, name: str | None = None) -> Sour
     return source
 
 
+def image_sides(config: ConfigDict) -> tuple[int, int]:
+    """Height and width of the images that a run trains on."""
+    size = config.data.image_size
+    return (cues.HEIGHT if config.data.source == "cues" else size), size
+
+
 def default_eval_split(name: str, config: ConfigDict) -> str:
     """The split of the dataset `name` to evaluate on.
 

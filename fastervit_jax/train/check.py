@@ -6,6 +6,7 @@ import re
 from ml_collections import ConfigDict
 
 from fastervit_jax.data import augment, loader
+from fastervit_jax.data.sources import image_sides
 from fastervit_jax.model.variants import ModelConfig
 from fastervit_jax.train.losses import LOSSES
 from fastervit_jax.train.metrics import check_wandb
@@ -64,9 +65,9 @@ def check(config: ConfigDict) -> None:
     augment.check_mix(config.augment, config.batch_size)
     if config.init_from_ema and not config.init_from:
         raise ValueError("config.init_from_ema=True without config.init_from: expected a file of weights to start from")
-    model, size = ModelConfig(**config.model), config.data.image_size
+    model, size, sides = ModelConfig(**config.model), config.data.image_size, image_sides(config)
     for stage in (2, 3):
-        if model.hat[stage] and model.windows(stage, size, size) == (1, 1):
+        if model.hat[stage] and model.windows(stage, *sides) == (1, 1):
             raise ValueError(
                 f"config.model.hat={model.hat}: with images of {size} pixels stage {stage} has a single window of "
                 f"{model.window_size[stage]} tokens a side, so no carrier tokens; expected a smaller "

@@ -103,7 +103,7 @@ def train(config: ConfigDict, workdir: pathlib.Path, devices: list[jax.Device] |
             f"{schedule.describe(config)}\n{sharding.describe(state, mesh)}")
         flops = None
         if speed.peak(mesh.devices.flat[0].device_kind):
-            flops = speed.model_flops(model, state.variables, config.data.image_size, config.batch_size)
+            flops = speed.model_flops(model, state.variables, sources.image_sides(config), config.batch_size)
         meter = stack.enter_context(
             speed.Meter(flops, config.batch_size, mesh.devices.flat, first_step, total_steps))
         watchdog = stack.enter_context(processes.Watchdog(config.stuck_after))

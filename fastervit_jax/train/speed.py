@@ -37,15 +37,17 @@ def peak(device_kind: str) -> float | None:
     return PEAK[max(found, key=len)] if found else None
 
 
-def model_flops(model: FasterViT, variables: dict[str, Any], image_size: int, batch_size: int) -> float:
+def model_flops(model: FasterViT, variables: dict[str, Any], sides: tuple[int, int], batch_size: int) -> float:
     """FLOPs of one image's forward pass: two for each product in convolutions and matrix products, nothing else.
+
+    `sides`: height and width of the images.
 
     Those that a batch needs once, for position terms, are shared by its `batch_size` images. `variables` may be arrays
     or `jax.ShapeDtypeStruct`s. The model is traced, nothing is compiled or computed, and the answer does not depend on
     the backend (XLA's own count before compilation is there on CPUs only).
     """
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), variables)
-    images = jax.ShapeDtypeStruct((batch_size, image_size, image_size, model.config.in_chans), jnp.float32)
+    images = jax.ShapeDtypeStruct((batch_size, *sides, model.config.in_chans), jnp.float32)
     return _flops(jax.make_jaxpr(model.apply)(shapes, images).jaxpr) / batch_size
 
 

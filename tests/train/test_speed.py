@@ -190,7 +190,7 @@ def test_model_flops():
         return jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, side, side, 3)))
 
     model = fv.create_model("faster_vit_0_224")
-    many = speed.model_flops(model, shapes(model, 224), 224, 1024)
+    many = speed.model_flops(model, shapes(model, 224), (224, 224), 1024)
     assert many == pytest.approx(2 * 3.3e9, rel=0.02)
     assert many == 6723949432.0
 
@@ -198,4 +198,4 @@ def test_model_flops():
     variables = shapes(tiny, 64)
     images = jax.ShapeDtypeStruct((16, 64, 64, 3), np.float32)
     by_xla = jax.jit(tiny.apply).lower(variables, images).cost_analysis()["flops"] / 16
-    assert 0.75 * by_xla < speed.model_flops(tiny, variables, 64, 16) < by_xla
+    assert 0.75 * by_xla < speed.model_flops(tiny, variables, (64, 64), 16) < by_xla
