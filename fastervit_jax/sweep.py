@@ -25,8 +25,9 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import FrameType
 from typing import Any
 
@@ -38,8 +39,10 @@ from jax.extend.core import Var
 from ml_collections import ConfigDict, config_flags
 
 from fastervit_jax import sweep_result
+from fastervit_jax.data import sources
+from fastervit_jax.model.variants import list_models
 from fastervit_jax.sweep_run import sizes
-from fastervit_jax.train import metrics, processes, sharding
+from fastervit_jax.train import loop, metrics, processes, sharding
 from fastervit_jax.train.check import check
 from fastervit_jax.train.optimizer import make_optimizer
 from fastervit_jax.train.state import abstract_state, make_model
@@ -78,33 +81,41 @@ class Run:
 def load(path: str, changes: Sequence[str] = ()) -> list[Run]:
     """All runs of a sweep file, point by point, with the seeds of a point in a row. Starts and writes nothing.
 
-    `changes` are flags of the form --config.KEY=VALUE, for every run. Raises FileNotFoundError if there is no such
-    file, SweepError that lists everything that is wrong with the file, its base config or its points.
+    `changes` are flags of the form --config.KEY=VALUE, for every run. The data is opened, as training does. Raises
+    FileNotFoundError if there is no such file, SweepError that lists everything that is wrong with the file, its base
+    config or its points.
     """
     if not pathlib.Path(path).is_file():
         near = [str(x) for x in sorted(pathlib.Path("configs/sweeps").glob("[a-z]*.py")) if x.stem != "common"]
         raise FileNotFoundError(f"{path}: no such sweep file" + (f"; there are {', '.join(near)}" if near else ""))
-    module = runpy.run_path(path)
+    module = _called(path, lambda: runpy.run_path(path))
     missing = [f"{name}{'' if name == 'SEEDS' else '()'}" for name in ("get_config", "get_points", "SEEDS")
                if name not in module]
     if missing:
         raise SweepError(f"{path} has no {' and no '.join(missing)}: expected get_config(), which returns the base "
                          "config, get_points(), which returns a list of overrides, and SEEDS = (0, 1), say")
-    points, seeds = module["get_points"](), tuple(module["SEEDS"])
-    if not points or not all(isinstance(point, Mapping) for point in points):
+    points = _called(path, lambda: _whole(module["get_points"]()))
+    if not (points and isinstance(points, list)) or not all(isinstance(point, Mapping) for point in points):
         raise SweepError(f"{path}: get_points() returned {points!r}; expected a list of dicts as "
                          '{"model.ct_size": 2}, at least one')
-    if not seeds or not all(type(x) is int and x >= 0 for x in seeds) or len(set(seeds)) < len(seeds):
-        raise SweepError(f"{path}: SEEDS={seeds}: expected whole numbers of at least 0, each once")
-    base = _changed(module["get_config"](), changes)
+    seeds = _whole(module["SEEDS"])
+    if not (isinstance(seeds, list) and seeds and all(type(x) is int and x >= 0 for x in seeds)
+            and len(set(seeds)) == len(seeds)):
+        raise SweepError(f"{path}: SEEDS={module['SEEDS']}: expected whole numbers of at least 0, each once, as (0, 1)")
+    base = _called(path, module["get_config"])
+    if not isinstance(base, ConfigDict):
+        raise SweepError(f"{path}: get_config() returned {base!r}; expected a ConfigDict, as those of configs/ do")
+    base = _changed(base, changes)
     swept = {"seed", *(key for point in points for key in point)}
     if lost := [change for change in changes if change.partition("=")[0].removeprefix("--config.") in swept]:
         raise SweepError(f"{' '.join(lost)}: the sweep sets it itself; change it in {path}")
 
-    configs, problems = [], []
+    configs, problems, opened = [], [], {}
     for number, point in enumerate(points):
         config, wrong = _config(base, point)
         configs.append(config)
+        if config is not None:
+            wrong = _wrong_inputs(config, opened)
         problems += [f"point {number}, {dict(point)}: {text}" for text in wrong]
     first: dict[str, int] = {}
     for number, config in enumerate(configs):
@@ -130,6 +141,23 @@ def load(path: str, changes: Sequence[str] = ()) -> list[Run]:
     if problems:
         raise SweepError(_listed(f'{path} has points that need a "label" of their own:', problems))
     return runs
+
+
+def _called(path: str, function: Callable[[], Any]) -> Any:
+    """What a function of the sweep file returns. Raises SweepError, with the line, for whatever it raises."""
+    try:
+        return function()
+    except Exception as error:  # the file is the user's, and so is what it calls
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+        if isinstance(error, SyntaxError) and error.filename == path:
+            lines.append(error.lineno)
+        where = f"{path}, line {lines[-1]}" if lines else path
+        raise SweepError(f"{where}: {type(error).__name__}: {error}") from error
+
+
+def _whole(values: Any) -> Any:
+    """The list of what a generator, say, gives; what is no series of values stays as it is."""
+    return list(values) if isinstance(values, Iterable) else values
 
 
 def _listed(title: str, lines: Sequence[str]) -> str:
@@ -173,6 +201,22 @@ def _config(base: ConfigDict, point: Mapping[str, Any]) -> tuple[ConfigDict | No
         except ValueError as error:
             problems.append(str(error))
     return (None if problems else config), problems
+
+
+def _wrong_inputs(config: ConfigDict, opened: dict[str, list[str]]) -> list[str]:
+    """What is wrong with the files that a config names. `opened` keeps what has been said of its data."""
+    model = config.model
+    data = json.dumps([config.data.to_json(), model.num_classes, model.in_chans, config.batch_size])
+    if data not in opened:
+        opened[data] = []
+        try:
+            loop.open_sources(config)
+        except (ValueError, OSError) as error:
+            opened[data].append(str(error))
+    problems = list(opened[data])
+    if config.init_from and config.init_from not in list_models() and not pathlib.Path(config.init_from).exists():
+        problems.append(f"config.init_from={config.init_from!r}: no such file, folder or registered model")
+    return problems
 
 
 def _shown(base: ConfigDict, points: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -261,7 +305,7 @@ def estimate(config: ConfigDict) -> dict[str, int | float]:
     mesh = sharding.make_mesh(jax.devices()[: data * fsdp], data=data, fsdp=fsdp)
     state = abstract_state(model, optimizer, config, mesh)
     images = max(1, config.batch_size // (data * fsdp) // config.accumulate)
-    shape = (images, config.data.image_size, config.data.image_size, model.config.in_chans)
+    shape = (images, *sources.image_sides(config), model.config.in_chans)
     batch = jax.ShapeDtypeStruct(shape, jnp.float32)
 
     def kept(params: Any, batch_stats: Any, batch: Any) -> list[Any]:
@@ -384,14 +428,22 @@ def locked(folder: pathlib.Path) -> Iterator[int | None]:
 
 def run_all(runs: Sequence[Run], workdir: pathlib.Path) -> int:
     """One after the other, each in a process of its own; prints a line for each. Returns the exit code."""
-    failed, elsewhere = [], []
+    failed, elsewhere, stopped = [], [], False
+
+    def tell_result(run: Run, head: str, form: str) -> None:
+        try:
+            print(f"{head} {form.format(_outcome(workdir / 'runs' / run.name))}", flush=True)
+        except ValueError as error:
+            failed.append(f"{run.name}: {error}")
+            print(f"{head} failed: {error}", flush=True)
+
     with Interrupted() as interrupted:
         for number, run in enumerate(runs, 1):
             if interrupted.requested:
                 break
             folder, head = workdir / "runs" / run.name, f"[{number}/{len(runs)}] {run.name}:"
             if (folder / "result.json").exists():
-                print(f"{head} done before, {_outcome(folder)}", flush=True)
+                tell_result(run, head, "done before, {}")
                 continue
             folder.mkdir(parents=True, exist_ok=True)
             log, start = folder / "log.txt", time.monotonic()
@@ -399,6 +451,9 @@ def run_all(runs: Sequence[Run], workdir: pathlib.Path) -> int:
                 if lock is None:
                     elsewhere.append(f"{run.name}: {log}")
                     print(f"{head} another process is at it", flush=True)
+                    continue
+                if (folder / "result.json").exists():  # since the look above, by another process
+                    tell_result(run, head, "done before, {}")
                     continue
                 print(f"{head} {'goes on' if (folder / 'checkpoints').exists() else 'starts'}", flush=True)
                 command = [*PROGRAM, str(workdir), run.name, f"--parent={os.getpid()}"]
@@ -409,10 +464,11 @@ def run_all(runs: Sequence[Run], workdir: pathlib.Path) -> int:
                 code = interrupted.wait(child)
             seconds = f"{time.monotonic() - start:,.0f} s"
             if code == 0 and (folder / "result.json").exists():
-                print(f"{head} {_outcome(folder)}, {seconds}", flush=True)
+                tell_result(run, head, f"{{}}, {seconds}")
             elif interrupted.requested or code == processes.EXIT_CODE:
                 print(f"{head} stopped after {seconds}; the same command goes on", flush=True)
-                return processes.EXIT_CODE
+                stopped = True
+                break
             else:
                 why = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
                 why += ", out of memory perhaps" if code == -signal.SIGKILL else ""
@@ -422,13 +478,13 @@ def run_all(runs: Sequence[Run], workdir: pathlib.Path) -> int:
         print(_listed("Another process is at these runs:", elsewhere))
     if failed:
         print(_listed("These runs failed; the same command tries them again, from their last checkpoints:", failed))
-    if interrupted.requested:
+    if interrupted.requested or stopped:
         return processes.EXIT_CODE
     return 1 if failed else processes.EXIT_CODE if elsewhere else 0
 
 
 def _outcome(folder: pathlib.Path) -> str:
-    result = json.loads((folder / "result.json").read_text())
+    result = sweep_result.read_result(folder)
     return f"top-1 {result['acc1']:.3f} %, loss {result['loss']:.4f}"
 
 
@@ -436,7 +492,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m fastervit_jax.sweep", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="--config.KEY=VALUE changes the base config, as for train.py.", allow_abbrev=False)
-    parser.add_argument("sweep", nargs="?", metavar="SWEEP", help="the sweep file; with --result it may be left out")
+    parser.add_argument("sweep", nargs="?", metavar="SWEEP", help="the sweep file; left out with --result")
     parser.add_argument("--workdir", required=True, type=pathlib.Path, help="folder of the sweep")
     parser.add_argument("--index", type=int, help="this job's slice, from 0")
     parser.add_argument("--of", type=int, help="number of slices")
@@ -445,6 +501,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given, changes = parser.parse_known_args(arguments)
     if wrong := [change for change in changes if not re.match(r"--config\.[^=]+=", change)]:
         parser.error(f"unexpected {' '.join(wrong)}; the config is changed with --config.KEY=VALUE")
+    others = {"the sweep file": given.sweep is not None, "--index": given.index is not None,
+              "--of": given.of is not None, "--dry-run": given.dry_run, " ".join(changes): bool(changes)}
+    if given.result and any(others.values()):
+        parser.error(f"--result draws all that is in the workdir: leave out "
+                     f"{', '.join(name for name, there in others.items() if there)}; expected --workdir=DIR --result")
     if given.sweep is None and not given.result:
         parser.error("expected a sweep file, as configs/sweeps/window_and_carrier.py")
     try:
@@ -465,7 +526,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (ValueError, OSError) as error:
         sys.exit(str(error))
     code = run_all(runs[index::of], given.workdir)
-    print(sweep_result.write(given.workdir))
+    try:
+        print(sweep_result.write(given.workdir))
+    except (ValueError, OSError) as error:
+        sys.exit(f"The result could not be written: {error}")
     sys.exit(code)
 
 

@@ -8,7 +8,6 @@ import csv
 import io
 import json
 import math
-import os
 import pathlib
 import statistics
 from collections.abc import Sequence
@@ -18,6 +17,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from fastervit_jax import report
+from fastervit_jax.weights.torch_file import replacing
 
 CURVES = ("train/loss", "eval/loss", "eval/acc1", "eval_ema/loss", "eval_ema/acc1")
 MEANS = ("loss", "train_images_per_second", "inference_images_per_second")
@@ -44,16 +44,27 @@ def read_sweep(workdir: pathlib.Path) -> list[dict[str, Any]]:
     return _read(path)["runs"]
 
 
-def _read(path: pathlib.Path) -> dict[str, Any]:
+def _read(path: pathlib.Path) -> Any:
     try:
         return json.loads(path.read_text())
     except ValueError as error:
         raise ValueError(f"{path} is no JSON ({error}); put the right one back, or move it away") from error
 
 
+def read_result(folder: pathlib.Path) -> dict[str, Any]:
+    """What a run has written that is done. Raises ValueError if that is damaged."""
+    path = folder / "result.json"
+    result = _read(path)
+    needed = {"seed", "acc1", "parameters", "gflops", "memory_gib", "memory_of", "device", "devices", "jax", *MEANS}
+    if not isinstance(result, dict) or not needed <= result.keys():
+        missing = ", ".join(sorted(needed - result.keys())) if isinstance(result, dict) else "figures"
+        raise ValueError(f"{path} has no {missing}; put the right one back, or move it away")
+    return result
+
+
 def text(value: Any) -> str:
-    """2-3-6-5 for a tuple; otherwise as Python has it."""
-    return "-".join(map(text, value)) if isinstance(value, list | tuple) else str(value)
+    """2-3-6-5 for a tuple, '' for an empty text; otherwise as Python has it."""
+    return "-".join(map(text, value)) if isinstance(value, list | tuple) else str(value) or "''"
 
 
 def rows(entries: Sequence[dict[str, Any]], results: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
@@ -67,7 +78,7 @@ def rows(entries: Sequence[dict[str, Any]], results: dict[str, dict[str, Any]]) 
         runs = [entry for entry in entries if entry["point"] == point]
         done = [results[run["name"]] for run in runs if run["name"] in results]
         row = {"label": runs[0]["label"] or ""} if any(entry["label"] for entry in entries) else {}
-        row |= {key: value if not isinstance(value, list) else text(value) for key, value in runs[0]["shown"].items()}
+        row |= {key: x if isinstance(x, int | float) else text(x) for key, x in runs[0]["shown"].items()}
         row |= {"seeds": " ".join(str(result["seed"]) for result in done), "runs_done": len(done), "runs": len(runs)}
         accuracies = [result["acc1"] for result in done]
         row["acc1"] = statistics.fmean(accuracies) if done else None
@@ -89,10 +100,10 @@ def markdown(
 ) -> str:
     """The table for reading, and the plots below it."""
     swept = [key for key in table[0] if key == "label" or key not in COLUMNS]
-    heads = [*swept, *(head for head, _ in HEADS.values())]
+    heads = [*(key.replace("|", r"\|") for key in swept), *(head for head, _ in HEADS.values())]
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     for row in table:
-        cells = [str(row[key]) for key in swept]
+        cells = [str(row[key]).replace("|", r"\|") for key in swept]
         for key, (_, form) in HEADS.items():
             cell = "" if row[key] is None else form.format(row[key])
             if key == "acc1" and row["acc1_std"] is not None:
@@ -211,8 +222,7 @@ def write(workdir: pathlib.Path) -> str:
     """
     entries = read_sweep(workdir)
     folders = {entry["name"]: workdir / "runs" / entry["name"] for entry in entries}
-    results = {name: _read(folder / "result.json") for name, folder in folders.items()
-               if (folder / "result.json").exists()}
+    results = {name: read_result(folder) for name, folder in folders.items() if (folder / "result.json").exists()}
     table = rows(entries, results)
     labelled = any(entry["label"] for entry in entries)
     keys = "" if labelled else ", ".join(entries[0]["shown"])
@@ -243,6 +253,5 @@ def write(workdir: pathlib.Path) -> str:
 
 def replace(path: pathlib.Path, content: str | bytes) -> None:
     """Write a file so that a kill leaves the old one or the new one, never a part; several processes may do so."""
-    new = path.with_name(f"{path.name}.{os.getpid()}.new")
-    new.write_bytes(content if isinstance(content, bytes) else content.encode())
-    os.replace(new, path)
+    with replacing(path) as new:
+        new.write_bytes(content if isinstance(content, bytes) else content.encode())

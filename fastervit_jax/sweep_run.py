@@ -22,8 +22,10 @@ import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
+from fastervit_jax.data import sources
 from fastervit_jax.train import loop, speed
 from fastervit_jax.train.state import init_variables, make_model
+from fastervit_jax.weights.torch_file import replacing
 
 REPEATS = 11
 """Forward passes of which the median counts."""
@@ -43,7 +45,7 @@ def sizes(config: ConfigDict) -> dict[str, int | float]:
     """Parameters, and GFLOPs of one image's forward pass (two for each product; see `speed.model_flops`)."""
     model = make_model(config)
     shapes = jax.eval_shape(lambda: init_variables(model, config))
-    flops = speed.model_flops(model, shapes, config.data.image_size, config.batch_size)
+    flops = speed.model_flops(model, shapes, sources.image_sides(config), config.batch_size)
     return {"parameters": sum(x.size for x in jax.tree.leaves(shapes["params"])), "gflops": flops / 1e9}
 
 
@@ -53,8 +55,8 @@ def inference_speed(config: ConfigDict, repeats: int = REPEATS) -> float:
     shapes = jax.eval_shape(lambda: init_variables(model, config))
     variables = jax.device_put(jax.tree.map(lambda x: rng.uniform(0.01, 0.05, x.shape).astype(x.dtype), shapes))
     images = max(1, config.batch_size // config.accumulate // jax.device_count())
-    size = config.data.image_size
-    batch = jax.device_put(rng.normal(size=(images, size, size, config.model.in_chans)).astype(np.float32))
+    shape = (images, *sources.image_sides(config), config.model.in_chans)
+    batch = jax.device_put(rng.normal(size=shape).astype(np.float32))
     forward = jax.jit(model.apply)
     jax.block_until_ready(forward(variables, batch))
     seconds = []
@@ -128,9 +130,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(f"{given.workdir}/sweep.json has no run {given.name!r}; it has {', '.join(runs)}")
     entry, folder = runs[given.name], given.workdir / "runs" / given.name
     result = {key: entry[key] for key in ("name", "overrides", "seed")} | run(from_json(entry["config"]), folder)
-    new = folder / "result.new"
-    new.write_text(json.dumps(result, indent=2) + "\n")
-    os.replace(new, folder / "result.json")
+    with replacing(folder / "result.json") as new, new.open("w") as file:
+        file.write(json.dumps(result, indent=2) + "\n")
+        file.flush()
+        os.fsync(file.fileno())  # a machine that fails must not leave an empty one, which looks done
 
 
 if __name__ == "__main__":

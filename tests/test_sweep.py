@@ -18,7 +18,7 @@ import pytest
 from fastervit_jax import sweep, sweep_run
 
 SHIPPED = {"carrier_or_plain": 10, "depth_and_width": 18, "hat_by_stage": 8, "learning_rate_and_decay": 18,
-           "propagation": 8, "window_and_carrier": 18}  # fmt: skip
+           "long_range": 6, "propagation": 8, "window_and_carrier": 18}  # fmt: skip
 TINY = """
     from tests.train import runs
 
@@ -48,9 +48,9 @@ def test_shipped_sweep_loads_and_lists(name, tmp_path):
     path = f"configs/sweeps/{name}.py"
     runs = sweep.load(path)
     assert len(runs) == len({run.name for run in runs}) == SHIPPED[name]
-    assert all(re.fullmatch(r"[\w.=+-]+_seed=[01]", run.name) for run in runs)
+    assert all(re.fullmatch(r"[\w.=+-]+_seed=[012]", run.name) for run in runs)
     assert f"python -m fastervit_jax.sweep {path} --workdir=" in pathlib.Path(path).read_text()
-    assert {run.config.seed for run in runs} == {0, 1}
+    assert {run.config.seed for run in runs} == ({0, 1, 2} if name == "long_range" else {0, 1})
     for run in runs:
         assert sweep_run.from_json(run.entry()["config"]) == run.config
     workdir = tmp_path / "not_there"
@@ -90,7 +90,9 @@ def test_all_invalid_points_are_listed_and_nothing_is_written(tmp_path):
     path, workdir = write(tmp_path, """[
         {"model.ct_size": 1}, {"model.ct_sise": 2, "epochs": 1.5}, {"model.window_size": (4, 4, 4, 4)},
         {"model.ct_size": 3}, {"model.num_heads": (2, 4, 7, 16)}, {"model.ct_size": 1, "batch_size": 64},
-        {"seed": 3}, {"model": {}}, {"label": ""}, {"model.window_size": (2, 2)}]"""), tmp_path / "workdir"
+        {"seed": 3}, {"model": {}}, {"label": ""}, {"model.window_size": (2, 2)}, {"batch_size": 2048},
+        {"model.num_classes": 7}, {"data.eval_split": "test"}, {"init_from": "faster_vit_0_224"},
+        {"init_from": "runs/not_there"}, {"data.source": "folder", "data.dir": "not_there"}]"""), tmp_path / "workdir"
     with pytest.raises(SystemExit) as stopped:
         sweep.main([path, f"--workdir={workdir}"])
     expected = [
@@ -104,6 +106,11 @@ def test_all_invalid_points_are_listed_and_nothing_is_written(tmp_path):
         r"point 7, .*: unknown key 'model'",
         r"point 8, .*: label='': expected a text",
         r"point 9, .*: window_size=\(2, 2\): expected a list or tuple of 4 values",
+        r"point 10, .*: config.batch_size=2048: larger than the 1442 training images",
+        r"point 11, .*: config.model.num_classes=7: digits has 10",
+        r"point 12, .*'test'.*train, validation",
+        r"point 14, .*: config.init_from='runs/not_there': no such file, folder or registered model",
+        r"point 15, .*: .*/not_there",
         r"points 0 and 5 are the same",
     ]
     lines = stopped.value.code.splitlines()
@@ -113,9 +120,23 @@ def test_all_invalid_points_are_listed_and_nothing_is_written(tmp_path):
     assert not workdir.exists()
 
 
+BODY = """SEEDS = (0,)
+from tests.train import runs
+def get_config(): return runs.config()
+def get_points(): return [{}]
+"""
+
+
 @pytest.mark.parametrize(
     ("text", "changes", "message"),
     [
+        (BODY + "1 = 2", [], "tiny.py, line 5: SyntaxError: cannot assign"),
+        (BODY + "import nothing_such", [], "tiny.py, line 5: ModuleNotFoundError: No module named"),
+        (BODY + "def get_points(): return lost", [], "tiny.py, line 5: NameError: name 'lost'"),
+        (BODY + "def get_points(): yield {}; 1 / 0", [], "tiny.py, line 5: ZeroDivisionError"),
+        (BODY + "def get_config(): return [][1]", [], "tiny.py, line 5: IndexError"),
+        (BODY + "def get_config(): ...", [], r"get_config\(\) returned None; expected a ConfigDict"),
+        ("None", [], "get_points.. returned None; expected a list of dicts"),
         ("SEEDS = (0,)\ndef get_config(): ...", [], r"has no get_points\(\): expected get_config"),
         (None, ["--config.model.ct_sise=2"], "unknown config key .*ct_sise"),
         (None, ["--config.model.ct_size=two"], "model.ct_size.*two"),
@@ -128,17 +149,34 @@ def test_all_invalid_points_are_listed_and_nothing_is_written(tmp_path):
     ],
 )  # fmt: skip
 def test_refused_files_and_changes(text, changes, message, tmp_path):
-    path = write(tmp_path, text if text and text[0] == "[" else "[{'learning_rate': 0.5}]")
-    if text and text[0] != "[":
+    is_file = text and "SEEDS" in text
+    path = write(tmp_path, text if text and not is_file else "[{'learning_rate': 0.5}]")
+    if is_file:
         pathlib.Path(path).write_text(text)
     with pytest.raises(sweep.SweepError, match=message):
         sweep.load(path, changes)
 
 
-@pytest.mark.parametrize("seeds", ["()", "(0, 0)", "(-1,)", "(0.5,)"])
+@pytest.mark.parametrize("seeds", ["()", "(0, 0)", "(-1,)", "(0.5,)", "2", "None", "'01'"])
 def test_refused_seeds(seeds, tmp_path):
     with pytest.raises(sweep.SweepError, match=r"SEEDS=.*each once"):
         sweep.load(write(tmp_path, [{}], seeds))
+
+
+def test_points_may_be_a_generator_and_data_is_opened_once(tmp_path, monkeypatch):
+    opened, open_sources = [], sweep.loop.open_sources
+    monkeypatch.setattr(sweep.loop, "open_sources", lambda config: opened.append(config) or open_sources(config))
+    runs = sweep.load(write(tmp_path, "({'epochs': x} for x in (2, 3, 4))", "range(2)"))
+    assert [(run.config.epochs, run.seed) for run in runs] == [(2, 0), (2, 1), (3, 0), (3, 1), (4, 0), (4, 1)]
+    assert len(opened) == 1
+
+
+@pytest.mark.parametrize("other", ["--index=0", "--of=2", "--config.epochs=3", "--dry-run", "tiny.py"])
+def test_result_alone(other, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        sweep.main(["--result", f"--workdir={tmp_path}", other])
+    left_out = {"tiny.py": "the sweep file"}.get(other, other.partition("=0")[0].partition("=2")[0])
+    assert f"--result draws all that is in the workdir: leave out {left_out}; expected" in capsys.readouterr().err
 
 
 def test_a_file_that_is_not_there(tmp_path):
@@ -283,10 +321,41 @@ def test_a_failed_run_does_not_stop_the_rest(pretend, capsys):
     assert starts(workdir) == {"one": 1, "wrong": 2, "killed": 2, "forgets": 2, "two": 1, "three": 1}
 
 
-def test_a_run_that_is_to_be_started_again_ends_the_sweep_alike(pretend):
-    code, workdir = pretend("one", "again", "two")
+def test_a_run_that_is_to_be_started_again_ends_the_sweep_alike(pretend, capsys):
+    code, workdir = pretend("wrong", "again", "two")
     assert code == 75
-    assert starts(workdir) == {"one": 1, "again": 1}
+    assert starts(workdir) == {"wrong": 1, "again": 1}
+    assert "These runs failed; the same command tries them again, from their last checkpoints:\n  wrong_seed=0: exit " \
+           "code 3" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("damage", ["", "{", "[]", '{"acc1": 90.0}'])
+def test_a_damaged_result_does_not_stop_the_rest(damage, pretend, capsys):
+    _, workdir = pretend("one", "two")
+    (workdir / "runs" / "one_seed=0" / "result.json").write_text(damage)
+    (workdir / "runs" / "two_seed=0" / "result.json").unlink()
+    code, _ = pretend("one", "two")
+    assert starts(workdir) == {"one": 1, "two": 2}
+    assert re.search(r"The result could not be written: .*one_seed=0/result.json (is no JSON|has no )", code)  # so 1
+    said = capsys.readouterr().out
+    assert re.search(r"\[1/2\] one_seed=0: failed: .*put the right one back", said)
+    assert re.search(r"These runs failed.*\n  one_seed=0: .*result.json", said)
+
+
+def test_a_run_that_another_process_ends_meanwhile_is_not_repeated(pretend, monkeypatch, capsys):
+    _, workdir = pretend("one")
+    done = workdir / "runs" / "one_seed=0" / "result.json"
+    content, locked = done.read_text(), sweep.locked
+    done.unlink()
+
+    def late(folder):
+        done.write_text(content)
+        return locked(folder)
+
+    monkeypatch.setattr(sweep, "locked", late)
+    assert pretend("one")[0] == 0
+    assert starts(workdir) == {"one": 1}
+    assert "[1/1] one_seed=0: done before, top-1 90.000 %" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

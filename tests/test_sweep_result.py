@@ -163,6 +163,28 @@ def test_curves_are_means_of_seeds(tmp_path):
     assert sweep_result.curves({"3": [tmp_path / "d"]}, "keys") is None
 
 
+def test_what_is_none_or_empty_is_not_taken_for_unknown(tmp_path):
+    shown = [{"ct|size": None, "init_from": ""}, {"ct|size": [1, 2], "init_from": "a|b"}]
+    workdir = workdir_of(tmp_path, entries(shown), {})
+    said = sweep_result.write(workdir).splitlines()
+    assert said[0].startswith(r"| ct\|size | init_from | seeds |")
+    assert [line.split("  ")[0] for line in said[2:4]] == ["| None | '' |", r"| 1-2 | a\|b |"]
+    with (workdir / "result.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["ct|size"], row["init_from"], row["acc1"]) for row in rows] == [
+        ("None", "''", ""), ("1-2", "a|b", "")]
+
+
+def test_several_may_write_the_same_file(tmp_path):
+    """Even with one process id, as two pods have."""
+    sweep_result.replace(tmp_path / "a", "old")
+    with sweep_result.replacing(tmp_path / "a") as first:
+        first.write_text("first")
+        sweep_result.replace(tmp_path / "a", "second")
+        assert (tmp_path / "a").read_text() == "second"
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("a", "first")]
+
+
 def test_a_file_that_is_damaged_is_named(tmp_path):
     workdir = workdir_of(tmp_path, entries(POINTS), RESULTS)
     (workdir / "runs" / "0_seed=0" / "result.json").write_text("{")
