@@ -15,7 +15,7 @@ import time
 import jax
 import pytest
 
-from fastervit_jax import sweep, sweep_run
+from fastervit_jax import sweep, sweep_points, sweep_run
 
 SHIPPED = {"carrier_or_plain": 10, "depth_and_width": 18, "hat_by_stage": 8, "learning_rate_and_decay": 18,
            "long_range": 6, "propagation": 8, "window_and_carrier": 18}  # fmt: skip
@@ -164,8 +164,8 @@ def test_refused_seeds(seeds, tmp_path):
 
 
 def test_points_may_be_a_generator_and_data_is_opened_once(tmp_path, monkeypatch):
-    opened, open_sources = [], sweep.loop.open_sources
-    monkeypatch.setattr(sweep.loop, "open_sources", lambda config: opened.append(config) or open_sources(config))
+    opened, open_sources = [], sweep_points.loop.open_sources
+    monkeypatch.setattr(sweep_points.loop, "open_sources", lambda config: opened.append(config) or open_sources(config))
     runs = sweep.load(write(tmp_path, "({'epochs': x} for x in (2, 3, 4))", "range(2)"))
     assert [(run.config.epochs, run.seed) for run in runs] == [(2, 0), (2, 1), (3, 0), (3, 1), (4, 0), (4, 1)]
     assert len(opened) == 1
