@@ -271,7 +271,7 @@ def run_all(runs: Sequence[Run], workdir: pathlib.Path) -> int:
     if elsewhere:
         print(listed("Another process is at these runs:", elsewhere))
     if failed:
-        print(listed("These runs failed; the same command tries them again, from their last checkpoints:", failed))
+        print(listed("These runs failed. Those that ended are tried again by the same command:", failed))
     if interrupted.requested or stopped:
         return processes.EXIT_CODE
     return 1 if failed else processes.EXIT_CODE if elsewhere else 0

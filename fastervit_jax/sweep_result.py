@@ -59,6 +59,9 @@ def read_result(folder: pathlib.Path) -> dict[str, Any]:
     if not isinstance(result, dict) or not needed <= result.keys():
         missing = ", ".join(sorted(needed - result.keys())) if isinstance(result, dict) else "figures"
         raise ValueError(f"{path} has no {missing}; put the right one back, or move it away")
+    for name in ("acc1", "loss", "parameters", "gflops"):
+        if not isinstance(result[name], int | float):
+            raise ValueError(f"{path} has {name} {result[name]!r}, no number; put the right one back, or move it away")
     return result
 
 

@@ -191,3 +191,12 @@ def test_a_file_that_is_damaged_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"runs.0_seed=0.result.json is no JSON"):
         sweep_result.write(workdir)
     assert not (workdir / "result.md").exists()
+
+
+def test_a_result_without_numbers_is_damaged(tmp_path):
+    good = result(0, 90.0)
+    (tmp_path / "result.json").write_text(json.dumps(good | {"acc1": None}))
+    with pytest.raises(ValueError, match="has acc1 None, no number; put the right one back, or move it away"):
+        sweep_result.read_result(tmp_path)
+    (tmp_path / "result.json").write_text(json.dumps(good))
+    assert sweep_result.read_result(tmp_path) == good
