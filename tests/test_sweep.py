@@ -325,8 +325,8 @@ def test_a_run_that_is_to_be_started_again_ends_the_sweep_alike(pretend, capsys)
     code, workdir = pretend("wrong", "again", "two")
     assert code == 75
     assert starts(workdir) == {"wrong": 1, "again": 1}
-    told = capsys.readouterr().out
-    assert "These runs failed. Those that ended are tried again by the same command:\n  wrong_seed=0: exit code 3" in told
+    head = "These runs failed. Those that ended are tried again by the same command:"
+    assert f"{head}\n  wrong_seed=0: exit code 3" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("damage", ["", "{", "[]", '{"acc1": 90.0}'])
