@@ -294,20 +294,16 @@ def run(images: Sequence[pathlib.Path], models: Sequence[trained.Trained], asked
                 print(f"{loaded.name} has no carrier tokens in images of {size} pixels: no carrier attention to draw")
 
 
-def _pixel(text: str) -> tuple[int, int]:
-    x, _, y = text.partition(",")
-    try:
-        return int(x), int(y)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected X,Y, whole numbers") from error
+def _pair(separator: str, expected: str) -> Callable[[str], tuple[int, int]]:
+    """Reads two whole numbers."""
+    def read(text: str) -> tuple[int, int]:
+        first, _, second = text.partition(separator)
+        try:
+            return int(first), int(second)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"{text!r}: expected {expected}") from error
 
-
-def _block(text: str) -> tuple[int, int]:
-    stage, _, number = text.partition(".")
-    try:
-        return int(stage), int(number)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected STAGE.NUMBER, whole numbers, such as 2.0") from error
+    return read
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -315,10 +311,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
                                      formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("images", nargs="+", metavar="IMAGE", type=pathlib.Path)
     parser.add_argument("--versus", metavar="FILE_OR_FOLDER", help="another model, drawn beside it")
-    parser.add_argument("--query", type=_pixel, metavar="X,Y",
+    parser.add_argument("--query", type=_pair(",", "X,Y, whole numbers"), metavar="X,Y",
                         help="a pixel of the cropped image, column and row, as photograph.png counts them;\n"
                              "by default the class score")
-    parser.add_argument("--block", type=_block, metavar="STAGE.NUMBER", help="one block, 2.0 say, of stage 2 or 3 only")
+    parser.add_argument("--block", type=_pair(".", "STAGE.NUMBER, whole numbers, such as 2.0"), metavar="STAGE.NUMBER",
+                        help="one block, 2.0 say, of stage 2 or 3 only")
     parser.add_argument("--head", type=int, metavar="NUMBER", help="one head only, from 0")
     parser.add_argument("--class", type=int, dest="cam_class", metavar="NUMBER",
                         help="the class of Grad-CAM, from 0; by default the predicted one")
