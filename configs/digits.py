@@ -3,7 +3,7 @@
     python train.py --config=configs/digits.py --workdir=runs/digits
     python train.py --config=configs/digits.py:smoke
 
-Under three minutes on 2 CPU cores; expect 99 % top-1 on the 355 validation images (figures in the README).
+About three minutes on 2 CPU cores; expect 99 % top-1 on the 355 validation images (figures in the README).
 `smoke` is less of it: a smaller net, two epochs.
 """
 
