@@ -1,291 +1,42 @@
 """Measure speed, side by side in one run.
 
+    python -m fastervit_jax.benchmark speed [--mode inference] [--variant faster_vit_0_224] [--batch 128] [--peer]
+    python -m fastervit_jax.benchmark figure results.jsonl --out speed.png
     python -m fastervit_jax.benchmark data [--workers 1 2] [--seconds 5] [--repeat 3]
     python -m fastervit_jax.benchmark input [--variant faster_vit_0_224] [--batch 512] [--workers 16]
     python -m fastervit_jax.benchmark train [--batch 128] [--devices 1 2 4] [--set mesh.fsdp=2 accumulate=4 ...]
+
+`speed` times inference or training steps of this model on one device, beside NVIDIA's PyTorch package and models of
+timm; `figure` draws its results against published accuracies. docs/benchmarks.md says what their figures mean.
 
 `data` decodes JPEGs on the host, alone: in a plain loop, through the feed, and through tf.data where TensorFlow is
 installed. `input` trains from JPEGs, and tells how long the step waits for them and what augmentation takes of it.
 Their JPEGs are 500×375 cuts of scikit-learn's two photographs with noise, 70 to 110 kB each, in a folder that is
 removed again. `train` trains on noise that is on the devices already, on each number of devices in turn with as many
 images a device: how fast, with how much memory, and what a checkpoint holds up. All print a line of JSON a figure.
+
+Each has its own --help.
 """
 
 import argparse
-import ast
-import contextlib
-import importlib.util
-import itertools
-import json
-import math
-import os
-import pathlib
-import statistics
-import tempfile
-import time
-from collections.abc import Callable, Iterator
-from typing import Any
-
-import jax
-import numpy as np
-from ml_collections import ConfigDict
-from PIL import Image
-from sklearn.datasets import load_sample_images
-
-from configs import imagenet
-from fastervit_jax.data import augment, loader, sources
-from fastervit_jax.train import losses, schedule, sharding
-from fastervit_jax.train.checkpoint import Checkpoints
-from fastervit_jax.train.optimizer import make_optimizer
-from fastervit_jax.train.state import create_state, make_model
-from fastervit_jax.train.step import make_train_step
-
-SIZE = (500, 375)
-CLASSES = 10
-
-
-def write_jpegs(root: pathlib.Path, count: int) -> None:
-    """`count` photographs as root/train/CLASS/N.jpg, a third of them upright."""
-    rng = np.random.default_rng(0)
-    photographs = load_sample_images().images
-    for i in range(count):
-        width, height = SIZE if i % 3 else SIZE[::-1]
-        left, top = rng.integers(640 - width), rng.integers(max(1, 427 - height))
-        cut = Image.fromarray(photographs[i % 2]).crop((left, top, left + width, top + min(height, 427)))
-        pixels = np.asarray(cut.resize((width, height)), np.int64) + rng.integers(-6, 7, (height, width, 3))
-        path = root / "train" / str(i % CLASSES) / f"{i}.jpg"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(path, quality=94)
-
-
-def tell(**figures: Any) -> None:
-    """A line of JSON."""
-    print(json.dumps({name: round(x, 4) if isinstance(x, float) else x for name, x in figures.items()}), flush=True)
-
-
-def plain_loop(source: Any, config: ConfigDict) -> Iterator[Any]:
-    """One image after the other, in this process."""
-    order, read = loader.train_order(source, config)
-    for start in itertools.count(step=config.batch_size):
-        for place in range(start, start + config.batch_size):
-            read.pixels(source[order[place]]["image"], place)
-        yield
-
-
-def host_feed(source: Any, config: ConfigDict, workers: int) -> loader.HostBatches:
-    """The feed as in training, but without devices."""
-    order, read = loader.train_order(source, config)
-    return loader.HostBatches(loader.batches(order, read, config.batch_size), workers, config.data.timeout)
-
-
-def tf_batches(source: Any, config: ConfigDict, threads: int, antialias: bool) -> Iterator[Any]:
-    """The same work in tf.data: the same crops, decoded in part, resized (bilinear) and put into batches."""
-    import tensorflow as tf
-
-    tf.config.set_visible_devices([], "GPU")
-    files = [os.fsdecode(source.record_name(i)) for i in range(len(source))]
-    size, (low, high), ratio = config.data.image_size, config.data.crop_scale, config.data.crop_ratio
-
-    def read(file):
-        data = tf.io.read_file(file)
-        box, length, _ = tf.image.sample_distorted_bounding_box(
-            tf.io.extract_jpeg_shape(data), tf.zeros((1, 0, 4)), area_range=(low, high), aspect_ratio_range=ratio,
-            max_attempts=10, use_image_if_no_bounding_boxes=True, min_object_covered=0.0)
-        crop = tf.image.decode_and_crop_jpeg(data, tf.concat([box[:2], length[:2]], 0), channels=3)
-        return tf.cast(tf.image.resize(crop, (size, size), antialias=antialias), tf.uint8)
-
-    dataset = tf.data.Dataset.from_tensor_slices(files).shuffle(len(files)).repeat()
-    dataset = dataset.map(read, num_parallel_calls=threads).batch(config.batch_size).prefetch(2)
-    options = tf.data.Options()
-    options.threading.private_threadpool_size = threads
-    yield from dataset.with_options(options).as_numpy_iterator()
-
-
-def benchmark_data(source: Any, config: ConfigDict, workers: list[int], seconds: float, repeat: int) -> None:
-    """Images a second on the host: median, lowest and highest of rounds in which all ways take their turn."""
-    ways: dict[str, Callable[[], Iterator[Any]]] = {"plain loop": lambda: plain_loop(source, config)}
-    for count in workers:
-        ways[f"feed, {count} workers"] = lambda count=count: host_feed(source, config, count)
-        if importlib.util.find_spec("tensorflow"):
-            ways[f"tf.data, {count} threads"] = lambda count=count: tf_batches(source, config, count, False)
-            ways[f"tf.data, {count} threads, antialiased"] = lambda count=count: tf_batches(source, config, count, True)
-    rates: dict[str, list[float]] = {name: [] for name in ways}
-    for round_ in range(repeat):
-        for name, make in ways.items():
-            with contextlib.closing(make()) as batches:
-                next(batches)
-                start = time.perf_counter()
-                while time.perf_counter() < start + seconds / 2:  # all workers start, what they decoded ahead is used
-                    next(batches)
-                start, done = time.perf_counter(), 0
-                while time.perf_counter() < start + seconds:
-                    next(batches)
-                    done += config.batch_size
-                rates[name].append(done / (time.perf_counter() - start))
-            tell(benchmark="data", way=name, round=round_, images_per_second=rates[name][-1])
-    kilobytes = statistics.mean(len(source[i]["image"]) for i in range(len(source))) / 1e3
-    for name, found in rates.items():
-        tell(benchmark="data", way=name, median=statistics.median(found), lowest=min(found),
-             highest=max(found), cores=len(os.sched_getaffinity(0)), mean_kilobytes=kilobytes)
-
-
-def benchmark_input(source: Any, config: ConfigDict, steps: int) -> None:
-    """The train step with a batch that is there already, and fed; and augmentation alone."""
-    mesh = sharding.make_mesh()
-    model = make_model(config)
-    optimizer, rates = make_optimizer(config), schedule.make_schedule(config, steps_per_epoch=1000)
-    state = create_state(model, optimizer, config, mesh)
-    train_step = make_train_step(model, optimizer, rates, config, mesh, total_steps=310_000)
-
-    @jax.jit
-    def augmented(key, batch):
-        targets = losses.smooth_one_hot(batch["label"], model.config.num_classes, config.label_smoothing)
-        return augment.train_images(
-            key, batch["image"], targets, batch["weight"], config.augment, config.data.mean, config.data.std, mesh)
-
-    feed = loader.train_batches(source, config, first_step=0, last_step=10**6, sharding=sharding.over_batch(mesh))
-    with contextlib.closing(feed):
-        start = time.perf_counter()
-        batch, _ = next(feed)
-        tell(benchmark="input", first_batch_seconds=time.perf_counter() - start)
-        start = time.perf_counter()
-        state, metrics = train_step(state, batch)
-        jax.block_until_ready(metrics)
-        tell(benchmark="input", compile_seconds=time.perf_counter() - start)
-        key = jax.random.key(0)
-        jax.block_until_ready(augmented(key, batch))
-
-        for round_ in range(3):
-            start = time.perf_counter()
-            for _ in range(steps):
-                state, metrics = train_step(state, batch)
-            jax.block_until_ready(metrics)
-            resident = (time.perf_counter() - start) / steps
-
-            start = time.perf_counter()
-            for _ in range(steps):
-                result = augmented(key, batch)
-            jax.block_until_ready(result)
-            augmentation = (time.perf_counter() - start) / steps
-
-            waited, before = 0.0, None
-            for i in range(2 * steps):  # the first half uses up what was decoded meanwhile
-                if i == steps:
-                    jax.block_until_ready(metrics)
-                    start, waited = time.perf_counter(), 0.0
-                asked = time.perf_counter()
-                batch, _ = next(feed)
-                waited += time.perf_counter() - asked
-                state, metrics = train_step(state, batch)
-                if before is not None:
-                    jax.block_until_ready(before)  # at most two steps ahead
-                before = metrics
-            jax.block_until_ready(metrics)
-            fed = (time.perf_counter() - start) / steps
-            tell(benchmark="input", round=round_, device=jax.devices()[0].device_kind, batch=config.batch_size,
-                 workers=config.data.workers, cores=len(os.sched_getaffinity(0)), step_ms=1e3 * resident,
-                 fed_step_ms=1e3 * fed, images_per_second=config.batch_size / fed,
-                 waiting=max(0.0, 1 - resident / fed), host_in_next_ms=1e3 * waited / steps,
-                 augmentation_ms=1e3 * augmentation, augmentation_share=augmentation / resident)
-
-
-def benchmark_train(config: ConfigDict, counts: list[int], steps: int, repeat: int, save: bool) -> None:
-    """The recipe's step on so many devices each, config.batch_size images a device; efficiency against the first."""
-    first = None
-    for count in counts:
-        with config.unlocked():
-            own = ConfigDict(config)
-            own.batch_size = count * config.batch_size
-        mesh = sharding.make_mesh(jax.devices()[:count], data=own.mesh.data, fsdp=own.mesh.fsdp)
-        model, optimizer = make_model(own), make_optimizer(own)
-        rates = schedule.make_schedule(own, steps_per_epoch=1000)
-        state = create_state(model, optimizer, own, mesh)
-        train_step = make_train_step(model, optimizer, rates, own, mesh, total_steps=310_000)
-        rng, size = np.random.default_rng(0), own.data.image_size
-        batch = jax.device_put({
-            "image": rng.integers(0, 256, (own.batch_size, size, size, own.model.in_chans), np.uint8),
-            "label": rng.integers(0, own.model.num_classes, own.batch_size).astype(np.int32),
-            "weight": np.ones(own.batch_size, np.float32),
-        }, sharding.over_batch(mesh))
-        start = time.perf_counter()
-        compiled = train_step.lower(state, batch).compile()
-        compile_seconds = time.perf_counter() - start
-
-        def timed(state, during=lambda state: None, compiled=compiled, batch=batch):
-            """Seconds a step, and seconds that `during` took of the host after the first of them."""
-            state, metrics = jax.block_until_ready(compiled(state, batch))
-            start, held = time.perf_counter(), 0.0
-            for i in range(steps):
-                before, (state, metrics) = metrics, compiled(state, batch)
-                if i == 0:
-                    asked = time.perf_counter()
-                    during(state)
-                    held = time.perf_counter() - asked
-                jax.block_until_ready(before)  # as in training, the host is a step or two ahead
-            jax.block_until_ready(metrics)
-            return state, (time.perf_counter() - start) / steps, held
-
-        seconds = []
-        for _ in range(repeat):
-            state, step, _ = timed(state)
-            seconds.append(step)
-        step = statistics.median(seconds)
-        rate = own.batch_size / step
-        first = first or rate / count
-        saving = {}
-        if save:
-            with tempfile.TemporaryDirectory(prefix="fastervit_jax_benchmark_") as folder, Checkpoints(
-                    pathlib.Path(folder), keep=1, keep_best=False, say=print) as checkpoints:
-                checkpoints.save(state, 0, wait=True)  # compiles what takes the digests
-                state, with_save, held = timed(state, lambda state, to=checkpoints: to.save(state, 1))
-            saving = {"save_holds_host_ms": 1e3 * held, "save_costs_steps": (with_save - step) * steps / step}
-        memory = [device.memory_stats() or {} for device in mesh.devices.flat]
-        tell(benchmark="train", variant=own.name.removeprefix("imagenet_"), device=mesh.devices.flat[0].device_kind,
-             devices=count, fsdp=mesh.shape["fsdp"], batch=own.batch_size, accumulate=own.accumulate,
-             compile_seconds=compile_seconds, step_ms=1e3 * step, lowest_ms=1e3 * min(seconds),
-             highest_ms=1e3 * max(seconds), images_per_second=rate, efficiency=rate / count / first,
-             peak_gib=max(x.get("peak_bytes_in_use", 0) for x in memory) / 2**30 or None,
-             temporary_gib=compiled.memory_analysis().temp_size_in_bytes / 2**30, **saving)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["data", "input", "train"])
-    parser.add_argument("--variant", default="faster_vit_0_224", help="of configs/imagenet.py's recipe")
-    parser.add_argument("--batch", type=int, help="images a batch; default 64 for data, 512 for input; for train 128, "
-                        "and a device")
-    parser.add_argument("--workers", type=int, nargs="+", help="processes; default 1 2 for data, 16 for input")
-    parser.add_argument("--images", type=int, default=512, help="JPEGs to make")
-    parser.add_argument("--seconds", type=float, default=5.0, help="of each measurement of data")
-    parser.add_argument("--repeat", type=int, default=3, help="rounds of data")
-    parser.add_argument("--steps", type=int, default=180, help="of each measurement of input; the more workers, the "
-                        "more batches are decoded ahead, which must be few beside these")
-    parser.add_argument("--devices", type=int, nargs="+", default=[1], help="of each measurement of train")
-    parser.add_argument("--save", action=argparse.BooleanOptionalAction, default=True, help="a checkpoint in train, "
-                        "to see what it holds up; --no-save where the state is too large for the disk")
-    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="changes of the recipe's config")
-    args = parser.parse_args()
-    is_data = args.what == "data"
-    workers = args.workers or ([1, 2] if is_data else [16])
-
-    config = imagenet.get_config(args.variant)
-    config.update_from_flattened_dict({key: ast.literal_eval(value) for key, value in (x.split("=") for x in args.set)})
-    if args.what == "train":
-        config.batch_size = args.batch or 128
-        benchmark_train(config, args.devices, args.steps, args.repeat, args.save)
-        return
-    with tempfile.TemporaryDirectory(prefix="fastervit_jax_benchmark_") as folder, config.unlocked():
-        config.data.source, config.data.dir, config.data.workers = "folder", folder, workers[-1]
-        config.model.num_classes = CLASSES
-        config.batch_size = args.batch or (64 if is_data else 512)
-        config.augment.mix_group = math.gcd(config.batch_size, config.augment.mix_group)
-        config.bn_group_size = math.gcd(config.batch_size, config.bn_group_size)
-        write_jpegs(pathlib.Path(folder), args.images)
-        source = sources.make_source(config, "train")
-        if is_data:
-            benchmark_data(source, config, workers, args.seconds, args.repeat)
-        else:
-            benchmark_input(source, config, args.steps)
+    parser = argparse.ArgumentParser(prog="python -m fastervit_jax.benchmark", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["speed", "figure", "data", "input", "train"])
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="of what is measured")
+    given = parser.parse_args()
+    # Each needs other packages: where PyTorch is measured there may be no Grain, and the reverse.
+    if given.what == "speed":
+        from fastervit_jax import benchmark_speed
+        benchmark_speed.main(given.arguments)
+    elif given.what == "figure":
+        from fastervit_jax import benchmark_figure
+        benchmark_figure.main(given.arguments)
+    else:
+        from fastervit_jax import benchmark_recipe
+        benchmark_recipe.main(given.what, given.arguments)
 
 
 if __name__ == "__main__":

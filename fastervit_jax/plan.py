@@ -8,7 +8,6 @@
 docs/plan.md says what the printed figures mean. The exit code is 0 whether it fits or not, 1 where nothing was planned.
 """
 
-import dataclasses
 import importlib.metadata
 import importlib.util
 import json
@@ -31,6 +30,7 @@ from fastervit_jax.model.fastervit import FasterViT
 from fastervit_jax.train import command, schedule, sharding, speed
 from fastervit_jax.train.check import check
 from fastervit_jax.train.optimizer import make_optimizer
+from fastervit_jax.train.speed import GPUS, TPUS, Chip
 from fastervit_jax.train.state import abstract_state, make_model
 from fastervit_jax.train.step import make_train_step
 
@@ -42,39 +42,6 @@ class PlanError(ValueError):
     """What was asked for cannot be planned; the message says what can."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Chip:
-    """What a chip has: `memory` as sold; `bandwidth`, bytes/s, by its maker's data sheet.
-
-    `usable`: GiB that programs can have. For TPUs it is the limit that libtpu 0.0.42.1 compiles against; of a GPU's,
-    JAX takes 75 % unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise.
-    """
-
-    name: str
-    memory: str
-    usable: float
-    bandwidth: float
-    axes: int = 0  # of a TPU slice's shape
-    largest: int = 0  # TPU slice, in chips
-
-    @property
-    def flops(self) -> float:
-        """Dense bfloat16 FLOP/s at its peak."""
-        return speed.PEAK[self.name.removeprefix("NVIDIA ")]
-
-
-TPUS = {
-    "v4": Chip("TPU v4", "32 GB", 30.75, 1.2e12, 3, 4096),
-    "v5e": Chip("TPU v5e", "16 GB", 15.75, 0.819e12, 2, 256),
-    "v5p": Chip("TPU v5p", "95 GB", 95.74, 2.765e12, 3, 6144),
-    "v6e": Chip("TPU v6e", "32 GB", 31.25, 1.638e12, 2, 256),
-}
-GPUS = {
-    "a100-40": Chip("NVIDIA A100", "40 GB", 39.0, 1.555e12),
-    "a100-80": Chip("NVIDIA A100", "80 GB", 79.0, 2.039e12),
-    "h100": Chip("NVIDIA H100", "80 GB", 79.0, 3.35e12),
-    "h200": Chip("NVIDIA H200", "141 GB", 140.0, 4.8e12),
-}
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute",
                "collective-broadcast")
 

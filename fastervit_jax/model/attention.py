@@ -7,11 +7,12 @@ from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
-from einops import rearrange
 from jaxtyping import Array, Float
 
 from fastervit_jax.model.position import RelativePositionBias
-from fastervit_jax.ops.attention import attention_weights, window_attention
+from fastervit_jax.ops.attention import attention, attention_weights, split_heads
+from fastervit_jax.ops.gelu import gelu
+from fastervit_jax.ops.norm import layer_norm
 
 
 def dense(features: int, *, dtype: Any, name: str | None = None, use_bias: bool = True) -> nn.Dense:
@@ -19,9 +20,18 @@ def dense(features: int, *, dtype: Any, name: str | None = None, use_bias: bool 
     return nn.Dense(features, use_bias=use_bias, dtype=dtype, kernel_init=nn.initializers.normal(0.02), name=name)
 
 
-def layer_norm(epsilon: float, *, dtype: Any, name: str | None = None) -> nn.LayerNorm:
-    """Layer norm over channels with float32 statistics, computed in two passes for accuracy."""
-    return nn.LayerNorm(epsilon, dtype=dtype, use_fast_variance=False, name=name)
+class LayerNorm(nn.Module):
+    """Layer norm over channels, computed in float32; the result has `dtype`."""
+
+    epsilon: float
+    dtype: Any
+    kernels: str = "auto"
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*b c"]) -> Float[Array, "*b c"]:
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],), jnp.float32)
+        return layer_norm(x.astype(self.dtype), scale, bias, self.epsilon, kernels=self.kernels)
 
 
 def drop_path(rate: float, axes: int, train: bool, x: Array) -> Array:
@@ -45,6 +55,8 @@ def scaled(x: Float[Array, "... c"], gamma: Float[Array, "c"] | None) -> Float[A
 class Attention(nn.Module):
     """Multi-head self-attention of tokens on a rows × cols grid, with `leading` tokens before them.
 
+    `kernels`: how it is computed, one of `ops.kernels.KERNELS`.
+
     Where the collection `attention` is mutable, `weights` in it is float32 (b, h, t, t): for each token (third axis)
     what it takes from each token, before dropout. Otherwise nothing is computed for it.
     """
@@ -55,19 +67,20 @@ class Attention(nn.Module):
     drop_rate: float
     attn_drop_rate: float
     dtype: Any
+    kernels: str = "auto"
 
     @nn.compact
     def __call__(
         self, x: Float[Array, "b t c"], rows: int, cols: int, leading: int, train: bool
     ) -> Float[Array, "b t c"]:
         qkv = dense(3 * self.width, use_bias=self.qkv_bias, dtype=self.dtype, name="qkv")(x)
-        q, k, v = rearrange(qkv, "b t (three h d) -> three b t h d", three=3, h=self.heads)
         bias = RelativePositionBias(self.heads, name="position_bias")(rows, cols, leading)
         if self.is_mutable_collection("attention") and not self.is_initializing():
+            q, k, _ = split_heads(qkv, self.heads)
             self.sow("attention", "weights", attention_weights(q, k, bias), init_fn=lambda: None,
                      reduce_fn=lambda _, weights: weights)
-        drop = nn.Dropout(self.attn_drop_rate, deterministic=not train)
-        out = rearrange(window_attention(q, k, v, bias, drop), "b t h d -> b t (h d)")
+        drop = nn.Dropout(self.attn_drop_rate, deterministic=False) if train and self.attn_drop_rate else None
+        out = attention(qkv, bias, drop=drop, kernels=self.kernels)
         out = dense(self.width, dtype=self.dtype, name="out")(out)
         return nn.Dropout(self.drop_rate, deterministic=not train)(out)
 
@@ -83,5 +96,5 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "... c"], train: bool) -> Float[Array, "... c"]:
         drop = nn.Dropout(self.drop_rate, deterministic=not train)
-        x = drop(nn.gelu(dense(self.hidden, dtype=self.dtype, name="hidden")(x), approximate=False))
+        x = drop(gelu(dense(self.hidden, dtype=self.dtype, name="hidden")(x)))
         return drop(dense(self.width, dtype=self.dtype, name="out")(x))

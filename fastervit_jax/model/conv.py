@@ -10,7 +10,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from fastervit_jax.model.attention import drop_path, layer_norm, layer_scale, scaled
+from fastervit_jax.model.attention import LayerNorm, drop_path, layer_scale, scaled
+from fastervit_jax.ops.batch_norm import activate, batch_norm
+from fastervit_jax.ops.conv import conv3x3
 
 
 class Conv3x3(nn.Module):
@@ -25,6 +27,7 @@ class Conv3x3(nn.Module):
     stride: int = 1
     use_bias: bool = True
     groups: int = 1
+    kernels: str = "auto"
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w i"], train: bool = False) -> Float[Array, "b high wide o"]:
@@ -35,9 +38,8 @@ class Conv3x3(nn.Module):
             return jax.random.uniform(key, shape, jnp.float32, -limit, limit)
 
         kernel = self.param("kernel", uniform, (3, 3, seen, self.features))
-        x = jax.lax.conv_general_dilated(
-            x.astype(self.dtype), kernel.astype(self.dtype), (self.stride, self.stride), ((1, 1), (1, 1)),
-            dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=self.groups)
+        x = conv3x3(x.astype(self.dtype), kernel.astype(self.dtype), stride=self.stride, groups=self.groups,
+                    kernels=self.kernels)
         if not self.use_bias:
             return x
         bias = self.param("bias", uniform, (self.features,))
@@ -46,7 +48,7 @@ class Conv3x3(nn.Module):
 
 
 class BatchNorm(nn.Module):
-    """Batch norm over all axes but the last, with PyTorch's running statistics.
+    """Batch norm over all axes but the last, with PyTorch's running statistics, and an activation: none, relu or gelu.
 
     In training the batch's statistics normalise and running = 0.9 running + 0.1 batch, where the
     running variance takes the unbiased estimate (flax.linen.BatchNorm takes the biased one). On a
@@ -57,6 +59,7 @@ class BatchNorm(nn.Module):
     epsilon: float
     dtype: Any
     group_size: int = 0
+    activation: str = "none"
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"], train: bool) -> Float[Array, "b h w c"]:
@@ -65,31 +68,27 @@ class BatchNorm(nn.Module):
         bias = self.param("bias", nn.initializers.zeros, (width,), jnp.float32)
         running_mean = self.variable("batch_stats", "mean", jnp.zeros, (width,), jnp.float32)
         running_var = self.variable("batch_stats", "var", jnp.ones, (width,), jnp.float32)
+        if not train:
+            x = x.astype(jnp.float32) - running_mean.value[None, None, None]
+            gain = scale * jax.lax.rsqrt(running_var.value + self.epsilon)
+            return activate(x * gain[None, None, None] + bias[None, None, None], self.activation, self.dtype)
+
         groups = 1
-        if train and self.group_size:
+        if self.group_size:
             if batch % self.group_size:
                 raise ValueError(f"bn_group_size={self.group_size}: expected a divisor of the batch of {batch} images, "
                                  "or 0 for the whole batch")
             groups = batch // self.group_size
-        x = x.astype(jnp.float32).reshape(groups, batch // groups, height, wide, width)
-        mean, var = running_mean.value[None], running_var.value[None]
-        if train:
-            count = x.size // width // groups
-            if count < 2:
-                raise ValueError(f"batch norm got one value a channel, shape {x.shape[1:]}: training needs at least "
-                                 "two; use a larger batch or larger images")
-            # One pass over x: with a pivot near the mean, E[d²] - E[d]² does not cancel.
-            pivot = mean
-            d = x - pivot[:, None, None, None]
-            d_mean = d.mean((1, 2, 3))
-            mean = pivot + d_mean
-            var = jnp.maximum((d * d).mean((1, 2, 3)) - d_mean * d_mean, 0.0)
-            if not self.is_initializing():
-                running_mean.value = 0.9 * running_mean.value + 0.1 * mean.mean(0)
-                running_var.value = 0.9 * running_var.value + 0.1 * var.mean(0) * (count / (count - 1))
-        gain = scale[None] * jax.lax.rsqrt(var + self.epsilon)
-        y = (x - mean[:, None, None, None]) * gain[:, None, None, None] + bias[None, None, None, None]
-        return y.astype(self.dtype).reshape(batch, height, wide, width)
+        x = x.reshape(groups, batch // groups, height, wide, width)
+        count = x.size // width // groups
+        if count < 2:
+            raise ValueError(f"batch norm got one value a channel, shape {x.shape[1:]}: training needs at least "
+                             "two; use a larger batch or larger images")
+        y, mean, var = batch_norm(x, scale, bias, running_mean.value, self.epsilon, self.activation, self.dtype)
+        if not self.is_initializing():
+            running_mean.value = 0.9 * running_mean.value + 0.1 * mean.mean(0)
+            running_var.value = 0.9 * running_var.value + 0.1 * var.mean(0) * (count / (count - 1))
+        return y.reshape(batch, height, wide, width)
 
 
 class Stem(nn.Module):
@@ -99,13 +98,14 @@ class Stem(nn.Module):
     dim: int
     dtype: Any
     bn_group_size: int = 0
+    kernels: str = "auto"
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w i"], train: bool) -> Float[Array, "b (h+3)//4 (w+3)//4 c"]:
-        x = Conv3x3(self.in_dim, self.dtype, stride=2, use_bias=False, name="conv1")(x)
-        x = nn.relu(BatchNorm(1e-4, self.dtype, self.bn_group_size, name="norm1")(x, train))
+        x = Conv3x3(self.in_dim, self.dtype, stride=2, use_bias=False, kernels=self.kernels, name="conv1")(x)
+        x = BatchNorm(1e-4, self.dtype, self.bn_group_size, "relu", name="norm1")(x, train)
         x = Conv3x3(self.dim, self.dtype, stride=2, use_bias=False, name="conv2")(x)
-        return nn.relu(BatchNorm(1e-4, self.dtype, self.bn_group_size, name="norm2")(x, train))
+        return BatchNorm(1e-4, self.dtype, self.bn_group_size, "relu", name="norm2")(x, train)
 
 
 class ConvBlock(nn.Module):
@@ -120,7 +120,7 @@ class ConvBlock(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"], train: bool) -> Float[Array, "b h w c"]:
         y = Conv3x3(self.width, self.dtype, name="conv1")(x, train)
-        y = nn.gelu(BatchNorm(1e-5, self.dtype, self.bn_group_size, name="norm1")(y, train), approximate=False)
+        y = BatchNorm(1e-5, self.dtype, self.bn_group_size, "gelu", name="norm1")(y, train)
         y = Conv3x3(self.width, self.dtype, name="conv2")(y, train)
         y = BatchNorm(1e-5, self.dtype, self.bn_group_size, name="norm2")(y, train)
         gamma = layer_scale(self, "gamma", self.layer_scale, self.width)
@@ -150,8 +150,9 @@ class Downsample(nn.Module):
 
     width: int
     dtype: Any
+    kernels: str = "auto"
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b (h+1)//2 (w+1)//2 2*c"]:
-        x = layer_norm(1e-6, dtype=self.dtype, name="norm")(x)
+        x = LayerNorm(1e-6, self.dtype, self.kernels, name="norm")(x)
         return Conv3x3(2 * self.width, self.dtype, stride=2, use_bias=False, name="conv")(x)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Shaped
 
-from fastervit_jax.model.attention import dense, layer_norm
+from fastervit_jax.model.attention import LayerNorm, dense
 from fastervit_jax.model.conv import BatchNorm, ConvStage, Downsample, Stem
 from fastervit_jax.model.hat import HATStage
 from fastervit_jax.model.variants import ModelConfig, check_keywords, get_variant
@@ -40,9 +40,10 @@ class FasterViT(nn.Module):
     tokens), where a window's carrier tokens come first. Where there are carrier tokens, "carrier_attention" beside
     the second "attention" is (b, heads, carriers, carriers), in raster order over the image.
 
-    Two fields change how training computes the function, not which one it is. `remat`: for each stage, whether its
+    Three fields change how the function is computed, not which one it is. `remat`: for each stage, whether its
     blocks are computed again in the backward pass, to save memory. `bn_group_size`: the images, following each other,
     that batch norms take their statistics over; 0 for the whole batch, which on a sharded batch is that of all devices.
+    `kernels`: "auto" for our own kernels where they are the faster, which is on GPUs, "xla" for none of them.
 
     Raises ValueError for images of the wrong rank, channel count or size, TypeError for images that
     are not floating point.
@@ -51,12 +52,13 @@ class FasterViT(nn.Module):
     config: ModelConfig
     remat: tuple[bool, bool, bool, bool] = (False, False, False, False)
     bn_group_size: int = 0
+    kernels: str = "auto"
 
     def setup(self):
         c = self.config
         rates = np.linspace(0.0, c.drop_path_rate, sum(c.depths)).tolist()
         rates = [tuple(rates[sum(c.depths[:i]) : sum(c.depths[: i + 1])]) for i in range(4)]
-        self.stem = Stem(c.in_dim, c.dim, c.dtype, self.bn_group_size)
+        self.stem = Stem(c.in_dim, c.dim, c.dtype, self.bn_group_size, self.kernels)
         self.stages = [
             *(
                 ConvStage(c.widths[i], c.layer_scale_conv, rates[i], c.dtype, self.bn_group_size, self.remat[i])
@@ -67,14 +69,14 @@ class FasterViT(nn.Module):
                     width=c.widths[i], heads=c.num_heads[i], window=c.window_size[i], ct_size=c.ct_size,
                     mlp_ratio=c.mlp_ratio, qkv_bias=c.qkv_bias, layer_scale=c.layer_scale, hat=c.hat[i],
                     do_propagation=c.do_propagation, drop_path_rates=rates[i], drop_rate=c.drop_rate,
-                    attn_drop_rate=c.attn_drop_rate, dtype=c.dtype, remat=self.remat[i],
+                    attn_drop_rate=c.attn_drop_rate, dtype=c.dtype, remat=self.remat[i], kernels=self.kernels,
                 )
                 for i in (2, 3)
             ),
         ]
-        self.downsamples = [Downsample(c.widths[i], c.dtype) for i in (0, 1, 2)]
+        self.downsamples = [Downsample(c.widths[i], c.dtype, self.kernels) for i in (0, 1, 2)]
         if c.layer_norm_last:
-            self.norm = layer_norm(1e-6, dtype=jnp.float32)
+            self.norm = LayerNorm(1e-6, jnp.float32)
         else:
             self.norm = BatchNorm(1e-5, jnp.float32, self.bn_group_size)
         if c.num_classes:

@@ -16,7 +16,7 @@ import numpy as np
 from einops import rearrange
 from jaxtyping import Array, Float
 
-from fastervit_jax.model.attention import MLP, Attention, drop_path, layer_norm, layer_scale, scaled
+from fastervit_jax.model.attention import MLP, Attention, LayerNorm, drop_path, layer_scale, scaled
 from fastervit_jax.model.conv import Conv3x3
 from fastervit_jax.model.position import AbsolutePosition
 
@@ -86,16 +86,17 @@ class HATBlock(nn.Module):
     drop_rate: float
     attn_drop_rate: float
     dtype: Any
+    kernels: str = "auto"
 
     def attention(self, name: str) -> Attention:
         return Attention(self.width, self.heads, self.qkv_bias, self.drop_rate, self.attn_drop_rate, self.dtype,
-                         name=name)
+                         self.kernels, name=name)
 
     def mlp(self, name: str) -> MLP:
         return MLP(self.width, int(self.width * self.mlp_ratio), self.drop_rate, self.dtype, name=name)
 
-    def norm(self, name: str) -> nn.LayerNorm:
-        return layer_norm(1e-5, dtype=self.dtype, name=name)
+    def norm(self, name: str) -> LayerNorm:
+        return LayerNorm(1e-5, self.dtype, self.kernels, name=name)
 
     def gamma(self, name: str) -> Array | None:
         return layer_scale(self, name, self.layer_scale, self.width)
@@ -169,6 +170,7 @@ class HATStage(nn.Module):
     attn_drop_rate: float
     dtype: Any
     remat: bool = False
+    kernels: str = "auto"
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"], train: bool) -> Float[Array, "b h w c"]:
@@ -188,6 +190,6 @@ class HATStage(nn.Module):
                 width=self.width, heads=self.heads, window=self.window, ct_size=self.ct_size,
                 mlp_ratio=self.mlp_ratio, qkv_bias=self.qkv_bias, layer_scale=self.layer_scale,
                 propagate=self.do_propagation and last, drop_path_rate=rate, drop_rate=self.drop_rate,
-                attn_drop_rate=self.attn_drop_rate, dtype=self.dtype, name=f"blocks_{i}",
+                attn_drop_rate=self.attn_drop_rate, dtype=self.dtype, kernels=self.kernels, name=f"blocks_{i}",
             )(x, carriers, rows, cols, train)
         return unpartition(x, self.window, rows, cols)[:, :height, :width]
