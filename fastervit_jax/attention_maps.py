@@ -25,7 +25,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure, SubFigure
 
-from fastervit_jax import rollout, trained
+from fastervit_jax import compilation_cache, rollout, trained
 from fastervit_jax.data import augment
 from fastervit_jax.model.variants import ModelConfig
 from fastervit_jax.weights.torch_file import replacing
@@ -337,4 +337,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    compilation_cache.enable()
     main()

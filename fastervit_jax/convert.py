@@ -19,6 +19,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from fastervit_jax import compilation_cache
 from fastervit_jax.model.fastervit import FasterViT
 from fastervit_jax.model.variants import ModelConfig, check_keywords, get_variant
 from fastervit_jax.weights import names, pretrained, sources
@@ -147,4 +148,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    compilation_cache.enable()
     main()

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from fastervit_jax import trained
+from fastervit_jax import compilation_cache, trained
 from fastervit_jax.data import sources as data_sources
 from fastervit_jax.model.fastervit import FasterViT
 from fastervit_jax.model.variants import get_variant
@@ -245,4 +245,5 @@ def main(argv: list[str] | None = None) -> None:
 
 if __name__ == "__main__":
     jax.config.update("jax_platforms", "cpu")  # so that the check has float32 products, and needs no accelerator
+    compilation_cache.enable()
     main()

@@ -26,7 +26,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from fastervit_jax import trained
+from fastervit_jax import compilation_cache, trained
 from fastervit_jax.data import augment, folders
 from fastervit_jax.weights.torch_file import replacing
 
@@ -180,4 +180,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    compilation_cache.enable()
     main()

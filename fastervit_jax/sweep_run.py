@@ -22,6 +22,7 @@ import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
+from fastervit_jax import compilation_cache
 from fastervit_jax.data import sources
 from fastervit_jax.train import loop, speed
 from fastervit_jax.train.state import init_variables, make_model
@@ -137,4 +138,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    compilation_cache.enable()
     main()

@@ -40,6 +40,8 @@ TINY = ("--config.data.image_size=64 --config.data.workers=0 --config.model.dim=
         '--config.model.depths="(1,1,1,1)" --config.model.window_size="(2,2,2,2)" --config.model.ct_size=1 '
         "--config.batch_size=8 --config.epochs=2 --config.bn_group_size=8")
 SMALLER = (
+    (r"benchmark speed --variant faster_vit_0_224 faster_vit_2_224 --batch 1 128",
+     "benchmark speed --batch 1 --precision float32 --ours deployed/xla --repeat 1 --seconds 0.01"),
     (r"train\.py --config=configs/digits\.py", f"train.py --config=configs/digits.py:smoke {FEW}"),
     (r"train\.py --(?!config=)", f"train.py --config=configs/digits.py:smoke {FEW} --"),
     (r"eval\.py --config=configs/digits\.py", "eval.py --config=configs/digits.py:smoke"),

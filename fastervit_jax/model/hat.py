@@ -11,6 +11,7 @@ t tokens of a window (row-major), k carrier tokens of a window (row-major).
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
@@ -50,6 +51,13 @@ def upsample_nearest(carriers: Float[Array, "b n k c"], ct_size: int, window: in
     """Repeat each window's ct_size × ct_size carrier tokens over its window × window tokens."""
     near = np.arange(window) * ct_size // window
     return carriers[:, :, (near[:, None] * ct_size + near[None, :]).reshape(-1)]
+
+
+def join(carriers: Float[Array, "b n k c"], x: Float[Array, "b n t c"]) -> Float[Array, "b n k+t c"]:
+    """Each window's carrier tokens and its tokens, one after the other."""
+    # Not a concatenation, for which XLA's kernels take twice as long.
+    z = jnp.pad(x, ((0, 0), (0, 0), (carriers.shape[2], 0), (0, 0)))
+    return jax.lax.dynamic_update_slice(z, carriers, (0, 0, 0, 0))
 
 
 class CarrierInit(nn.Module):
@@ -115,7 +123,7 @@ class HATBlock(nn.Module):
             leading = self.ct_size**2
             gamma1 = self.gamma("gamma1")
             carriers = self.attend_over_image(carriers, rows, cols, gamma1, train)
-            z = jnp.concatenate([carriers, x], axis=2)
+            z = join(carriers, x)
 
         y = rearrange(self.norm("norm1")(z), "b n t c -> (b n) t c")
         y = self.attention("attention")(y, self.window, self.window, leading, train)

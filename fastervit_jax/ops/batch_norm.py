@@ -20,19 +20,21 @@ OVER = (1, 2, 3)
 """The axes that statistics are taken over."""
 
 
+ACTIVATIONS = ("none", "relu", "gelu")
+
+
 def activate(x: Float[Array, "*b"], activation: str, dtype: Any) -> Float[Array, "*b"]:
-    """"none", "relu" or "gelu" of float32 numbers, rounded to `dtype`."""
-    return _value_and_slope(x, activation, dtype)[0].astype(dtype)
+    """One of ACTIVATIONS of float32 numbers, rounded to `dtype`."""
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation={activation!r}: expected one of {', '.join(ACTIVATIONS)}")
+    x = {"none": lambda: x, "relu": lambda: jax.nn.relu(x), "gelu": lambda: gelu.value(x, dtype)}[activation]()
+    return x.astype(dtype)
 
 
-def _value_and_slope(x: Array, activation: str, dtype: Any) -> tuple[Array, Array | float]:
+def _slope(x: Array, activation: str, dtype: Any) -> Array | float:
     if activation == "gelu":
-        return gelu.value_and_slope(x, dtype)
-    if activation == "relu":
-        return jax.nn.relu(x), (x > 0).astype(x.dtype)
-    if activation != "none":
-        raise ValueError(f"activation={activation!r}: expected none, relu or gelu")
-    return x, 1.0
+        return gelu.slope(x, dtype)
+    return (x > 0).astype(x.dtype) if activation == "relu" else 1.0
 
 
 def _wide(x: Float[Array, "g c"]) -> Float[Array, "g 1 1 1 c"]:
@@ -70,7 +72,7 @@ def _backward(epsilon, activation, dtype, residuals, gradients):
     def through_activation(x, d_out):
         normal = (x.astype(jnp.float32) - _wide(mean)) * _wide(inverse)
         scaled = normal * scale[None, None, None, None] + bias[None, None, None, None]
-        return normal, d_out.astype(jnp.float32) * _value_and_slope(scaled, activation, dtype)[1]
+        return normal, d_out.astype(jnp.float32) * _slope(scaled, activation, dtype)
 
     if lean:
         x, d_out = jax.lax.optimization_barrier((x, d_out))

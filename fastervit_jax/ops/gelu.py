@@ -1,6 +1,7 @@
 """GELU, x Φ(x) with the normal distribution's Φ (the exact one, not tanh's)."""
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,15 +22,19 @@ def erf_sqrt2(x: Float[Array, "*b"]) -> Float[Array, "*b"]:
     return jnp.clip(x * p, -1.0, 1.0)
 
 
-def value_and_slope(x: Float[Array, "*b"], dtype: jnp.dtype) -> tuple[Float[Array, "*b"], Float[Array, "*b"]]:
-    """GELU of float32 numbers and its derivative, as exact as results of `dtype` need, in float32."""
-    erf = erf_sqrt2(x) if is_16_bit(dtype) else jax.lax.erf(math.sqrt(0.5) * x)
-    density = math.sqrt(0.5 / math.pi) * jnp.exp(-0.5 * x * x)
-    return 0.5 * x * (1 + erf), 0.5 * (1 + erf) + x * density
-
-
-def is_16_bit(dtype: jnp.dtype) -> bool:
+def is_16_bit(dtype: Any) -> bool:
     return jnp.dtype(dtype).itemsize == 2
+
+
+def value(x: Float[Array, "*b"], dtype: Any) -> Float[Array, "*b"]:
+    """GELU of float32 numbers, as exact as results of `dtype` need, in float32."""
+    return 0.5 * x * (1 + erf_sqrt2(x)) if is_16_bit(dtype) else jax.nn.gelu(x, approximate=False)
+
+
+def slope(x: Float[Array, "*b"], dtype: Any) -> Float[Array, "*b"]:
+    """The derivative of `value`."""
+    erf = erf_sqrt2(x) if is_16_bit(dtype) else jax.lax.erf(math.sqrt(0.5) * x)
+    return 0.5 * (1 + erf) + math.sqrt(0.5 / math.pi) * x * jnp.exp(-0.5 * x * x)
 
 
 def gelu(x: Float[Array, "*b"]) -> Float[Array, "*b"]:
@@ -39,12 +44,12 @@ def gelu(x: Float[Array, "*b"]) -> Float[Array, "*b"]:
     costs a fraction of erf, which otherwise takes longer than reading and writing the array. Their gradient is
     computed from x again. float32 goes through erf as the platform has it.
     """
-    return _gelu(x) if is_16_bit(x.dtype) else jax.nn.gelu(x, approximate=False)
+    return _gelu(x) if is_16_bit(x.dtype) else value(x, x.dtype)
 
 
 @jax.custom_vjp
 def _gelu(x: Float[Array, "*b"]) -> Float[Array, "*b"]:
-    return value_and_slope(x.astype(jnp.float32), x.dtype)[0].astype(x.dtype)
+    return value(x.astype(jnp.float32), x.dtype).astype(x.dtype)
 
 
 def _forward(x):
@@ -54,8 +59,7 @@ def _forward(x):
 def _backward(x, d_out):
     # Behind the barrier, XLA does not find what the forward pass has computed, and so does not keep it in float32.
     x, d_out = jax.lax.optimization_barrier((x, d_out))
-    _, slope = value_and_slope(x.astype(jnp.float32), x.dtype)
-    return ((d_out.astype(jnp.float32) * slope).astype(x.dtype),)
+    return ((d_out.astype(jnp.float32) * slope(x.astype(jnp.float32), x.dtype)).astype(x.dtype),)
 
 
 _gelu.defvjp(_forward, _backward)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
+from fastervit_jax import compilation_cache
 from fastervit_jax.train import processes
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -31,8 +32,11 @@ def _parse(argv: list[str]) -> list[str]:
                              "fastervit_jax.ModelConfig.") from error
 
 
-def run(main: Callable[[ConfigDict, pathlib.Path], None]) -> None:
-    """Parse the command line, join the other processes if there are any, and call main(config, workdir)."""
+def run(main: Callable[[ConfigDict, pathlib.Path], None], *, cache: bool = True) -> None:
+    """Parse the command line, join the other processes if there are any, and call main(config, workdir).
+
+    `cache`: with the compilation cache.
+    """
     argv = list(sys.argv)
     if not any(arg.split("=")[0] in ("-config", "--config") for arg in argv[1:]):
         argv.insert(1, "--config=configs/digits.py")
@@ -46,6 +50,8 @@ def run(main: Callable[[ConfigDict, pathlib.Path], None]) -> None:
             coordinator=_COORDINATOR.value, processes=_PROCESSES.value, process=_PROCESS.value,
             distributed=_DISTRIBUTED.value, heartbeat=_HEARTBEAT.value, settings=f"{workdir} {config}",
         ):
+            if cache:
+                compilation_cache.enable()
             main(config, workdir)
 
     flags.FLAGS.verbosity = logging.WARNING  # unless given; orbax tells of every step of every save

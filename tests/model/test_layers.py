@@ -8,7 +8,7 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 import fastervit_jax as fv
-from fastervit_jax.model.attention import drop_path
+from fastervit_jax.model.attention import LayerNorm, drop_path
 from fastervit_jax.model.conv import BatchNorm
 from fastervit_jax.model.hat import HATBlock
 from tests import official
@@ -156,7 +156,7 @@ def test_epsilons():
     seen = {}
 
     def record(next_function, args, kwargs, context):
-        if isinstance(context.module, BatchNorm | nn.LayerNorm):
+        if isinstance(context.module, BatchNorm | LayerNorm):
             seen["/".join(context.module.path)] = context.module.epsilon
         return next_function(*args, **kwargs)
 
