@@ -21,6 +21,7 @@ from fastervit_jax.benchmark_peer import CLIP_NORM, LEARNING_RATE, WEIGHT_DECAY,
 from fastervit_jax.deploy import deploy
 from fastervit_jax.model.fastervit import FasterViT
 from fastervit_jax.model.variants import ModelConfig, get_variant
+from fastervit_jax.ops.kernels import compiler_options
 from fastervit_jax.train import speed
 from fastervit_jax.weights.pretrained import abstract_variables
 
@@ -38,11 +39,16 @@ def random_variables(config: ModelConfig) -> dict[str, Any]:
     return jax.tree.map_with_path(values, abstract_variables(config))
 
 
+def options(spec: dict[str, Any]) -> dict[str, Any]:
+    """Those that belong to our kernels; plain XLA has its own."""
+    return {} if spec["way"].endswith("/xla") else compiler_options()
+
+
 def inference(model: FasterViT, variables: Any, images: jax.Array, spec: dict[str, Any]) -> tuple[Any, Any]:
     """The compiled program, and what makes one call of it; `way` is plain/KERNELS or deployed/KERNELS."""
     if spec["way"].startswith("deployed/"):
         model, variables = deploy(model, variables, image_size=images.shape[1:3], dtype=spec["precision"])
-    compiled = jax.jit(model.apply).lower(variables, images).compile()
+    compiled = jax.jit(model.apply, compiler_options=options(spec)).lower(variables, images).compile()
     return compiled, lambda: compiled(variables, images)
 
 
@@ -76,7 +82,7 @@ def training(model: FasterViT, variables: Any, images: jax.Array, spec: dict[str
 
     params = variables["params"]
     state = [(params, variables["batch_stats"], jax.jit(optimizer.init)(params), jnp.int32(0))]
-    compiled = jax.jit(step, donate_argnums=0).lower(state[0], images, labels).compile()
+    compiled = jax.jit(step, donate_argnums=0, compiler_options=options(spec)).lower(state[0], images, labels).compile()
 
     def call() -> jax.Array:
         state[0], loss = compiled(state[0], images, labels)

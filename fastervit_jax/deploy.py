@@ -27,11 +27,14 @@ from fastervit_jax.model.variants import ModelConfig
 from fastervit_jax.ops.attention import attention
 from fastervit_jax.ops.conv import conv3x3
 from fastervit_jax.ops.gelu import gelu
+from fastervit_jax.ops.kernels import ALIGNED
 from fastervit_jax.ops.norm import layer_norm
 from fastervit_jax.weights.pretrained import abstract_variables
 
 Tree = Mapping[str, Any]
 """Nested dicts of arrays."""
+NEVER = -1e30
+"""The bias of a token that is not to be seen."""
 
 
 # The network
@@ -102,14 +105,20 @@ def _bias(network: Tree, rows: int, cols: int, leading: int) -> Float[Array, "a 
     return RelativePositionBias(heads).apply({"params": network}, rows, cols, leading)
 
 
-def hat_block(p: Tree, z: Float[Array, "n s c"], k: int, tables: Tree | None, kernels: str) -> Float[Array, "n s c"]:
+def hat_block(
+    p: Tree, z: Float[Array, "n s c"], tokens: int, k: int, tables: Tree | None, kernels: str
+) -> Float[Array, "n s c"]:
     """One block on the windows of all images, n of them, with their k carrier tokens first (k may be 0).
+
+    A window has so many tokens, carriers included; what follows in `z` fills it up, and no token sees it.
 
     `tables` are those of the images' carrier tokens.
     """
-    tokens = z.shape[1]
-    position, bias = p["position"][None, -tokens:], p["bias"][:, -tokens:, -tokens:]
-    x = z + position
+    position, bias = p["position"], p["bias"]
+    first, more = len(position) - tokens, z.shape[1] - tokens  # no carriers, though there are parameters for them
+    position = jnp.pad(position[first:], ((0, more), (0, 0)))
+    bias = jnp.pad(bias[:, first:, first:], ((0, 0), (0, more), (0, more)), constant_values=NEVER)
+    x = z + position[None]
     if k:
         m = tables["position"].shape[0]
         carriers = z[:, :k].reshape(-1, m, z.shape[-1]) + tables["position"][None].astype(z.dtype)
@@ -134,13 +143,16 @@ def hat_stage(
         carriers = average_pool(conv(p["carrier_init"], x, groups=x.shape[-1]), window, ct_size)
         carriers = rearrange(carriers, "b (i p) (j q) c -> (b i j) (p q) c", p=ct_size, q=ct_size)
         z = jnp.concatenate([carriers, z], axis=1)
+    tokens = z.shape[1]
+    if len(z) * tokens % ALIGNED:  # of few windows: XLA would pad their rows before each product, and cut them after it
+        z = jnp.pad(z, ((0, 0), (0, -tokens % ALIGNED), (0, 0)))
     for i in range(config.depths[stage]):
         block = p[f"blocks_{i}"]
         tables = block.get("carrier_tables")
         if k and (rows, cols) != stored:
             tables = carrier_tables(block["carrier_networks"], rows, cols, ct_size)
-        z = hat_block(block, z, k, tables, kernels)
-    x = z[:, k:]
+        z = hat_block(block, z, tokens, k, tables, kernels)
+    x = z[:, k:tokens]
     if k and config.do_propagation:
         carriers = upsample_nearest(z[None, :, :k], ct_size, window)[0]
         x = x + (carriers * p["gamma1"][None, None] if "gamma1" in p else carriers)
@@ -185,7 +197,7 @@ class DeployedFasterViT:
             if i > 0:
                 down = p[f"downsamples_{i - 1}"]
                 norm = down["norm"]
-                x = layer_norm(x, norm["scale"], norm["bias"], 1e-6, kernels=self.kernels)
+                x = layer_norm(maps[-1], norm["scale"], norm["bias"], 1e-6, kernels=self.kernels)
                 x = conv(down["conv"], x, stride=2)
             if i < 2:
                 for block in range(self.config.depths[i]):
@@ -193,7 +205,7 @@ class DeployedFasterViT:
             else:
                 stored = self.config.windows(i, *self.image_size)
                 x = hat_stage(p[f"stages_{i}"], x, i, self.config, stored, self.kernels)
-            maps.append(x)
+            maps.append(x[..., : self.config.widths[i]])
         return tuple(maps)
 
     def _head(self, p: Tree, x: Float[Array, "b h w c"]) -> Float[Array, "b d"]:
@@ -230,12 +242,12 @@ def deploy(
     _check_variables(config, variables)
     params, stats, dtype = variables["params"], variables["batch_stats"], config.dtype
 
-    p = {"stem": _convs_norms(params["stem"], stats["stem"], 1e-4, dtype)}
+    p = {"stem": _convs_norms(params["stem"], stats["stem"], 1e-4, dtype, of_images=True)}
     for i in range(4):
         stage = f"stages_{i}"
         if i > 0:
             down = params[f"downsamples_{i - 1}"]
-            p[f"downsamples_{i - 1}"] = {"norm": _cast(down["norm"], "float32"), "conv": _conv(down["conv"], dtype)}
+            p[f"downsamples_{i - 1}"] = {"norm": _cast(down["norm"], "float32"), "conv": _cast(_conv(down["conv"]), dtype)}
         p[stage] = {}
         for block in [f"blocks_{j}" for j in range(config.depths[i])]:
             if i < 2:
@@ -243,7 +255,7 @@ def deploy(
             else:
                 p[stage][block] = _hat_block(params[stage][block], i, config, config.windows(i, height, width))
         if config.hat[i]:
-            p[stage]["carrier_init"] = _conv(params[stage]["carrier_init"]["conv"], dtype)
+            p[stage]["carrier_init"] = _cast(_conv(params[stage]["carrier_init"]["conv"]), dtype)
             if config.do_propagation and config.layer_scale is not None:
                 p[stage]["gamma1"] = _cast(params[stage][block]["gamma1"], dtype)
     p["head"] = _head(params, stats, config)
@@ -274,26 +286,37 @@ def _cast(tree: Any, dtype: str) -> Any:
     return jax.tree.map(lambda x: jnp.asarray(np.asarray(x, np.float32), dtype), tree)
 
 
-def _conv(p: Tree, dtype: str) -> Tree:
-    return _cast({**p, "kernel": rearrange(np.asarray(p["kernel"]), "h w i o -> o h w i")}, dtype)
+def _conv(p: Tree) -> Tree:
+    return {**p, "kernel": rearrange(np.asarray(p["kernel"]), "h w i o -> o h w i")}
 
 
 def _factor(gamma: np.ndarray | None) -> np.ndarray | float:
     return 1.0 if gamma is None else gamma
 
 
-def _convs_norms(p: Tree, stats: Tree, epsilon: float, dtype: str) -> Tree:
-    """BN(conv1(x)) and gamma · BN(conv2(x)) as two convolutions, of a stem or a block."""
-    return {"conv1": _conv_norm(p["conv1"], p["norm1"], stats["norm1"], epsilon, None, dtype),
-            "conv2": _conv_norm(p["conv2"], p["norm2"], stats["norm2"], epsilon, p.get("gamma"), dtype)}
+def _convs_norms(p: Tree, stats: Tree, epsilon: float, dtype: str, of_images: bool = False) -> Tree:
+    """BN(conv1(x)) and gamma · BN(conv2(x)) as two convolutions, of a stem or a block.
+
+    All channels but those of images are filled up to a multiple of ALIGNED, with zeros that stay zeros.
+    """
+    first = _conv_norm(p["conv1"], p["norm1"], stats["norm1"], epsilon, None)
+    second = _conv_norm(p["conv2"], p["norm2"], stats["norm2"], epsilon, p.get("gamma"))
+    return _cast({"conv1": _aligned(first, inputs=not of_images), "conv2": _aligned(second)}, dtype)
 
 
-def _conv_norm(conv: Tree, norm: Tree, stats: Tree, epsilon: float, gamma: Any, dtype: str) -> Tree:
+def _aligned(conv: Tree, inputs: bool = True) -> Tree:
+    outputs, _, _, channels = conv["kernel"].shape
+    more, before = -outputs % ALIGNED, -channels % ALIGNED if inputs else 0
+    return {"kernel": np.pad(conv["kernel"], ((0, more), (0, 0), (0, 0), (0, before))),
+            "bias": np.pad(conv["bias"], (0, more))}
+
+
+def _conv_norm(conv: Tree, norm: Tree, stats: Tree, epsilon: float, gamma: Any) -> Tree:
     """gamma · BN(conv(x)) as one convolution."""
     conv, norm, stats, gamma = _wide((conv, norm, stats, gamma))
     gain = norm["scale"] / np.sqrt(stats["var"] + epsilon) * _factor(gamma)
     bias = (conv.get("bias", 0.0) - stats["mean"]) * gain + norm["bias"] * _factor(gamma)
-    return _conv({"kernel": conv["kernel"] * gain, "bias": bias}, dtype)
+    return _conv({"kernel": conv["kernel"] * gain, "bias": bias})
 
 
 def _linear(p: Tree, before: Tree | None = None, after: np.ndarray | float = 1.0) -> Tree:

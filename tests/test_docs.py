@@ -5,6 +5,7 @@ import pathlib
 import re
 import subprocess
 import sys
+import tempfile
 
 import jax
 import jax.numpy as jnp
@@ -49,14 +50,18 @@ SMALLER = (
     (r"--config\.epochs=10 ", ""),
     (r"configs/finetune\.py:faster_vit_0_224(.*?)--config\.batch_size=64",
      rf"configs/finetune.py:faster_vit_0_224\1{TINY}"),
+    # The same program for ImageNet and its miniature, to compile it once.
     (r"configs/imagenet\.py:faster_vit_0_224 --config\.data\.dir=data",
      f"configs/imagenet.py:faster_vit_0_224 --config.data.dir=tests/golden/imagenet --config.augment.mix_group=8 "
-     f"--config.ema_decay=0.5 --config.warmup_epochs=1 --config.cooldown_epochs=0 {TINY}"),
+     f"--config.ema_decay=0.5 --config.warmup_epochs=1 --config.cooldown_epochs=0 --config.learning_rate_batch=8 "
+     f"--config.log_every_steps=1 {TINY}"),
+    (r'--config\.model\.in_dim=16 --config\.model\.depths="\(1,1,2,1\)"',
+     '--config.model.in_dim=8 --config.model.depths="(1,1,1,1)"'),
     (r"configs/imagenet\.py --config\.data\.dir=tests/golden/imagenet --config\.data\.workers=2",
      'configs/imagenet.py --config.data.dir=tests/golden/imagenet --config.data.workers=0 --config.data.image_size=64 '
      '--config.model.window_size="(2,2,2,2)" --config.model.ct_size=1'),
     (r"(configs/sweeps/\S+)", r"\1 --index=0 --of=18 --config.epochs=1 --config.data.train_split='train[:128]'"),
-    (r"\.venv/bin/python", sys.executable),
+    (r"\.venv/bin/python", "$python"),
 )
 
 
@@ -100,13 +105,25 @@ def place(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def run(place):
-    """Runs a page's commands, after those of the pages that it needs; each page once."""
-    done = {}
+def environment(place):
+    """Of the commands, with a $python for all of them that has imported what they share."""
     environment = {
         **os.environ, "JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(place / "cache"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "XLA_FLAGS": ""}
+    with tempfile.TemporaryDirectory() as folder:  # with a short name, as sockets need
+        socket = f"{folder}/socket"
+        server = subprocess.Popen([sys.executable, "-m", "tests.warm", socket], cwd=place, env=environment, text=True,
+                                  stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        assert server.stdout.readline() == "ready\n"
+        yield {**environment, "python": f"{sys.executable} -S {ROOT / 'tests/warm.py'} {socket}"}
+        server.communicate()
+
+
+@pytest.fixture(scope="module")
+def run(place, environment):
+    """Runs a page's commands, after those of the pages that it needs; each page once."""
+    done = {}
 
     def page(name):
         for needed in NEEDS.get(name, ()):

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 from fastervit_jax.model.attention import LayerNorm, drop_path, layer_scale, scaled
 from fastervit_jax.ops.batch_norm import activate, batch_norm
 from fastervit_jax.ops.conv import conv3x3
+from fastervit_jax.ops.kernels import ALIGNED, chosen
 
 
 class Conv3x3(nn.Module):
@@ -20,6 +21,8 @@ class Conv3x3(nn.Module):
 
     `train`: a batch norm on batch statistics follows, which takes the bias out again. Its gradient is
     then zero, and is not computed: what comes out is rounding noise, which Adam turns into steps.
+
+    `channels`: how many of the input's there are; the others are zeros that fill it up, and as many follow the output's.
     """
 
     features: int
@@ -28,23 +31,26 @@ class Conv3x3(nn.Module):
     use_bias: bool = True
     groups: int = 1
     kernels: str = "auto"
+    channels: int | None = None
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w i"], train: bool = False) -> Float[Array, "b high wide o"]:
-        seen = x.shape[-1] // self.groups
+        seen = (self.channels or x.shape[-1]) // self.groups
+        more = x.shape[-1] - seen * self.groups
         limit = (9 * seen) ** -0.5
 
         def uniform(key: Array, shape: tuple[int, ...]) -> Array:
             return jax.random.uniform(key, shape, jnp.float32, -limit, limit)
 
         kernel = self.param("kernel", uniform, (3, 3, seen, self.features))
+        kernel = jnp.pad(kernel, ((0, 0), (0, 0), (0, more), (0, more)))
         x = conv3x3(x.astype(self.dtype), kernel.astype(self.dtype), stride=self.stride, groups=self.groups,
                     kernels=self.kernels)
         if not self.use_bias:
             return x
         bias = self.param("bias", uniform, (self.features,))
         bias = jax.lax.stop_gradient(bias) if train else bias
-        return x + bias.astype(self.dtype)[None, None, None]
+        return x + jnp.pad(bias, (0, more)).astype(self.dtype)[None, None, None]
 
 
 class BatchNorm(nn.Module):
@@ -54,24 +60,31 @@ class BatchNorm(nn.Module):
     running variance takes the unbiased estimate (flax.linen.BatchNorm takes the biased one). On a
     sharded batch they are the statistics of the global batch; with `group_size`, those of each so many images that
     follow each other, and the running ones take the groups' mean. All of it is float32; the result has `dtype`.
+    `channels`: as Conv3x3's.
     """
 
     epsilon: float
     dtype: Any
     group_size: int = 0
     activation: str = "none"
+    channels: int | None = None
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"], train: bool) -> Float[Array, "b h w c"]:
-        batch, height, wide, width = x.shape
+        batch, height, wide, filled = x.shape
+        width = self.channels or filled
+
+        def fill(vector: Float[Array, "c"]) -> Float[Array, "filled"]:
+            return jnp.pad(vector, (0, filled - width))
+
         scale = self.param("scale", nn.initializers.ones, (width,), jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, (width,), jnp.float32)
         running_mean = self.variable("batch_stats", "mean", jnp.zeros, (width,), jnp.float32)
         running_var = self.variable("batch_stats", "var", jnp.ones, (width,), jnp.float32)
         if not train:
-            x = x.astype(jnp.float32) - running_mean.value[None, None, None]
-            gain = scale * jax.lax.rsqrt(running_var.value + self.epsilon)
-            return activate(x * gain[None, None, None] + bias[None, None, None], self.activation, self.dtype)
+            x = x.astype(jnp.float32) - fill(running_mean.value)[None, None, None]
+            gain = fill(scale * jax.lax.rsqrt(running_var.value + self.epsilon))
+            return activate(x * gain[None, None, None] + fill(bias)[None, None, None], self.activation, self.dtype)
 
         groups = 1
         if self.group_size:
@@ -79,16 +92,18 @@ class BatchNorm(nn.Module):
                 raise ValueError(f"bn_group_size={self.group_size}: expected a divisor of the batch of {batch} images, "
                                  "or 0 for the whole batch")
             groups = batch // self.group_size
-        x = x.reshape(groups, batch // groups, height, wide, width)
-        count = x.size // width // groups
+        x = x.reshape(groups, batch // groups, height, wide, filled)
+        count = x.size // filled // groups
         if count < 2:
             raise ValueError(f"batch norm got one value a channel, shape {x.shape[1:]}: training needs at least "
                              "two; use a larger batch or larger images")
-        y, mean, var = batch_norm(x, scale, bias, running_mean.value, self.epsilon, self.activation, self.dtype)
+        y, mean, var = batch_norm(
+            x, fill(scale), fill(bias), fill(running_mean.value), self.epsilon, self.activation, self.dtype)
+        mean, var = mean[:, :width], var[:, :width]
         if not self.is_initializing():
             running_mean.value = 0.9 * running_mean.value + 0.1 * mean.mean(0)
             running_var.value = 0.9 * running_var.value + 0.1 * var.mean(0) * (count / (count - 1))
-        return y.reshape(batch, height, wide, width)
+        return y.reshape(batch, height, wide, filled)
 
 
 class Stem(nn.Module):
@@ -109,7 +124,7 @@ class Stem(nn.Module):
 
 
 class ConvBlock(nn.Module):
-    """x + drop_path(gamma · BN(conv(GELU(BN(conv(x))))))."""
+    """x + drop_path(gamma · BN(conv(GELU(BN(conv(x)))))), of `width` channels; those of x beyond are zeros and stay so."""
 
     width: int
     layer_scale: float | None
@@ -119,16 +134,21 @@ class ConvBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"], train: bool) -> Float[Array, "b h w c"]:
-        y = Conv3x3(self.width, self.dtype, name="conv1")(x, train)
-        y = BatchNorm(1e-5, self.dtype, self.bn_group_size, "gelu", name="norm1")(y, train)
-        y = Conv3x3(self.width, self.dtype, name="conv2")(y, train)
-        y = BatchNorm(1e-5, self.dtype, self.bn_group_size, name="norm2")(y, train)
+        y = Conv3x3(self.width, self.dtype, channels=self.width, name="conv1")(x, train)
+        y = BatchNorm(1e-5, self.dtype, self.bn_group_size, "gelu", self.width, name="norm1")(y, train)
+        y = Conv3x3(self.width, self.dtype, channels=self.width, name="conv2")(y, train)
+        y = BatchNorm(1e-5, self.dtype, self.bn_group_size, channels=self.width, name="norm2")(y, train)
         gamma = layer_scale(self, "gamma", self.layer_scale, self.width)
+        gamma = gamma if gamma is None else jnp.pad(gamma, (0, x.shape[-1] - self.width))
         return x + drop_path(self.drop_path_rate, 1, train, scaled(y, gamma))
 
 
 class ConvStage(nn.Module):
-    """Residual conv blocks, one for each drop-path rate. `remat`: they are computed again in the backward pass."""
+    """Residual conv blocks, one for each drop-path rate. `remat`: they are computed again in the backward pass.
+
+    For the GPU, channels are filled up to a multiple of `ops.kernels.ALIGNED` meanwhile: libraries do that for each
+    convolution anew.
+    """
 
     width: int
     layer_scale: float | None
@@ -136,13 +156,16 @@ class ConvStage(nn.Module):
     dtype: Any
     bn_group_size: int = 0
     remat: bool = False
+    kernels: str = "auto"
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"], train: bool) -> Float[Array, "b h w c"]:
+        more = -self.width % ALIGNED if chosen(self.kernels, self.dtype, "") else 0
+        x = jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, more)))
         block = nn.remat(ConvBlock, static_argnums=(2,)) if self.remat else ConvBlock
         for i, rate in enumerate(self.drop_path_rates):
             x = block(self.width, self.layer_scale, rate, self.dtype, self.bn_group_size, name=f"blocks_{i}")(x, train)
-        return x
+        return x[..., : self.width]
 
 
 class Downsample(nn.Module):

@@ -61,7 +61,8 @@ class FasterViT(nn.Module):
         self.stem = Stem(c.in_dim, c.dim, c.dtype, self.bn_group_size, self.kernels)
         self.stages = [
             *(
-                ConvStage(c.widths[i], c.layer_scale_conv, rates[i], c.dtype, self.bn_group_size, self.remat[i])
+                ConvStage(c.widths[i], c.layer_scale_conv, rates[i], c.dtype, self.bn_group_size, self.remat[i],
+                          self.kernels)
                 for i in (0, 1)
             ),
             *(

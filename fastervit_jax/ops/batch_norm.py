@@ -77,7 +77,10 @@ def _backward(epsilon, activation, dtype, residuals, gradients):
     if lean:
         x, d_out = jax.lax.optimization_barrier((x, d_out))
     normal, d_scaled = through_activation(x, d_out)
-    d_bias, d_scale = d_scaled.sum(OVER), (d_scaled * normal).sum(OVER)
+    # One reduction of two arrays: with two of them, XLA writes d_scaled, and reads it for each.
+    zero = jnp.zeros((), jnp.float32)
+    d_bias, d_scale = jax.lax.reduce(
+        (d_scaled, d_scaled * normal), (zero, zero), lambda a, b: (a[0] + b[0], a[1] + b[1]), OVER)
     if lean:
         x, d_out, d_bias, d_scale = jax.lax.optimization_barrier((x, d_out, d_bias, d_scale))
     normal, d_scaled = through_activation(x, d_out)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-# erf(x / sqrt(2)) = x P(x²) on [-END, END], within 2.6e-5: fitted there in the maximum norm. At its ends it is just over 1.
+# erf(x / sqrt(2)) = x P(x²) on [-END, END], within 2.6e-5: fitted there in the maximum norm. At END it is just over 1.
 END = 4.25
 ERF = (0.7978046536445618, -0.1326889842748642, 0.019631939008831978, -0.0022171202581375837, 0.00018683704547584057,
        -1.1252811418671627e-05, 4.510825419856701e-07, -1.0655405446868826e-08, 1.1129556304334542e-10)
@@ -40,8 +40,8 @@ def slope(x: Float[Array, "*b"], dtype: Any) -> Float[Array, "*b"]:
 def gelu(x: Float[Array, "*b"]) -> Float[Array, "*b"]:
     """x Φ(x), in x's dtype.
 
-    16-bit numbers go through `erf_sqrt2`: what it is off is less than they round away but where GELU is next to 0, and it
-    costs a fraction of erf, which otherwise takes longer than reading and writing the array. Their gradient is
+    16-bit numbers go through `erf_sqrt2`: what it is off is less than they round away but where GELU is next to 0, and
+    it costs a fraction of erf, which otherwise takes longer than reading and writing the array. Their gradient is
     computed from x again. float32 goes through erf as the platform has it.
     """
     return _gelu(x) if is_16_bit(x.dtype) else value(x, x.dtype)

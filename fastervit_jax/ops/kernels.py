@@ -1,7 +1,7 @@
 """What the kernels share: when they are chosen, how they run, and how they run on several devices.
 
-They are written with Pallas for its Triton backend. Tiles are padded to powers of two, which Triton needs; what is beyond
-an array is masked.
+They are written with Pallas for its Triton backend. Tiles are padded to powers of two, which Triton needs; what is
+beyond an array is masked.
 """
 
 import functools
@@ -21,11 +21,26 @@ KERNELS = ("auto", "xla", "pallas")
 GPU)."""
 
 
+ALIGNED = 8
+"""GPUs multiply 16-bit matrices whose sides are multiples of this; libraries fill up others first, at a cost."""
+
+
 def on_gpu() -> bool:
     """Whether programs are compiled for NVIDIA GPUs that have what the kernels need: Ampere and later."""
     if jax.default_backend() != "gpu":
         return False
     return float(getattr(jax.devices()[0], "compute_capability", None) or 0) >= 8
+
+
+def compiler_options(platform: str | None = None) -> dict[str, Any]:
+    """What to compile the model with, for jax.jit(..., compiler_options=...), on a platform (JAX's default one): {} but
+    on GPUs.
+
+    There, matrix products are left to cuBLAS with what it can add to them (biases, residuals): XLA's autotuner compares
+    its own products with cuBLAS's, and where these are faster takes them without.
+    """
+    platform = platform or jax.default_backend()
+    return {"xla_gpu_enable_triton_gemm": False} if platform in ("gpu", "cuda") else {}
 
 
 def chosen(kernels: str, dtype: Any, unfit: str) -> bool:

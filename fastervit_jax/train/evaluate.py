@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from fastervit_jax.data import augment, loader
 from fastervit_jax.data.sources import Source
 from fastervit_jax.model.fastervit import FasterViT
+from fastervit_jax.ops.kernels import compiler_options
 from fastervit_jax.train import losses
 from fastervit_jax.train.sharding import over_batch, replicated
 from fastervit_jax.train.step import Batch, Metrics
@@ -45,7 +46,8 @@ def make_eval_step(model: FasterViT, config: ConfigDict, mesh: jax.sharding.Mesh
         return {name: jnp.where(counts, x, 0).sum() for name, x in scores.items()}
 
     in_shardings = (None, over_batch(mesh), replicated(mesh))  # variables as they lie
-    return jax.jit(eval_step, in_shardings=in_shardings, out_shardings=replicated(mesh))
+    return jax.jit(eval_step, in_shardings=in_shardings, out_shardings=replicated(mesh),
+                   compiler_options=compiler_options(mesh.devices.flat[0].platform))
 
 
 def evaluate(

@@ -1,5 +1,6 @@
 """The optimiser of a recipe, from optax's parts: what a step does to the parameters, but for the learning rate."""
 
+import collections
 import math
 import re
 from collections.abc import Sequence
@@ -8,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
 LAMB_CLIP_NORM = 1.0
@@ -54,7 +56,20 @@ def decays(params: Any) -> Any:
 
 def clip_by_global_norm(norm: float) -> optax.GradientTransformation:
     """Gradients scaled down to this norm over all arrays together, where theirs is more; inf: never."""
-    return optax.identity() if math.isinf(norm) else optax.clip_by_global_norm(norm)
+    def update(grads, state, params=None):
+        factor = jnp.minimum(1.0, norm / jnp.maximum(global_norm(grads), norm))
+        return jax.tree.map(lambda g: g * factor, grads), state
+
+    return optax.identity() if math.isinf(norm) else optax.GradientTransformation(
+        lambda params: optax.EmptyState(), update)
+
+
+def global_norm(tree: Any) -> Float[Array, ""]:
+    """The norm of all arrays together: optax.tree.norm in a tenth of the kernels, as arrays of a shape share one."""
+    by_shape = collections.defaultdict(list)
+    for x in jax.tree.leaves(tree):
+        by_shape[x.shape].append(x)
+    return jnp.sqrt(sum(jnp.square(jnp.stack(arrays)).sum() for arrays in by_shape.values()))
 
 
 def scale_by_adam(beta1: float, beta2: float, eps: float) -> optax.GradientTransformation:

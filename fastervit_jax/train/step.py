@@ -12,7 +12,9 @@ from ml_collections import ConfigDict
 
 from fastervit_jax.data import augment
 from fastervit_jax.model.fastervit import FasterViT
+from fastervit_jax.ops.kernels import compiler_options
 from fastervit_jax.train import losses
+from fastervit_jax.train.optimizer import global_norm
 from fastervit_jax.train.sharding import over_batch, replicated, shardings
 from fastervit_jax.train.state import TrainState, abstract_state
 
@@ -108,7 +110,7 @@ def make_train_step(
             ema = jax.tree.map(lambda old, x: old + (1 - config.ema_decay) * (x - old), ema, new)
 
         going_on = state.bad_steps < config.max_bad_steps
-        gradient_norm = optax.tree.norm(grads)
+        gradient_norm = global_norm(grads)
         good = jnp.isfinite(scores["loss"]) & jnp.isfinite(gradient_norm)
         new = TrainState(state.step + 1, params, batch_stats, opt_state, ema, jnp.zeros_like(state.bad_steps))
         skipped = state.replace(
@@ -118,7 +120,7 @@ def make_train_step(
             **scores,
             "learning_rate": learning_rate,
             "gradient_norm": gradient_norm,
-            "parameter_norm": optax.tree.norm(state.params),
+            "parameter_norm": global_norm(state.params),
             "bad_images": (1 - batch["weight"]).sum(),
             "bad_steps": (~good & going_on).astype(jnp.float32),
             "bad_steps_in_row": state.bad_steps.astype(jnp.float32),
@@ -131,4 +133,5 @@ def make_train_step(
         in_shardings=(lying, over_batch(mesh)),
         out_shardings=(lying, replicated(mesh)),
         donate_argnums=0,
+        compiler_options=compiler_options(mesh.devices.flat[0].platform),
     )
