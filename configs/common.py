@@ -143,6 +143,7 @@ def base() -> ConfigDict:
     config.accumulate = 1  # parts of a batch, computed one after the other
     config.remat = (False, False, False, False)  # stages that are computed again in the backward pass, to save memory
     config.bn_group_size = 0  # images that share batch statistics; 0: the batch, or its part
+    config.kernels = "auto"  # our own kernels where they are the faster, which is on GPUs; or xla, for none of them
     config.mesh = ConfigDict()
     config.mesh.data = -1  # devices along the axis over which only the batch is split; -1: all that are left
     config.mesh.fsdp = 1  # and over which parameters, optimiser state and averages are split, too

@@ -247,7 +247,8 @@ def deploy(
         stage = f"stages_{i}"
         if i > 0:
             down = params[f"downsamples_{i - 1}"]
-            p[f"downsamples_{i - 1}"] = {"norm": _cast(down["norm"], "float32"), "conv": _cast(_conv(down["conv"]), dtype)}
+            p[f"downsamples_{i - 1}"] = {
+                "norm": _cast(down["norm"], "float32"), "conv": _cast(_conv(down["conv"]), dtype)}
         p[stage] = {}
         for block in [f"blocks_{j}" for j in range(config.depths[i])]:
             if i < 2:

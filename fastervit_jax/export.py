@@ -74,7 +74,7 @@ def export(
     if path.exists() and form == "saved_model":
         raise FileExistsError(f"{path} exists: give a folder that does not")
     config = dataclasses.replace(model.config, dtype="float32")
-    model = FasterViT(config)
+    model = FasterViT(config, kernels="xla")  # ours are for one platform, and no format has them
     variables = jax.tree.map(jnp.asarray, dict(variables))
     shape = (height, width, config.in_chans)
     jax.eval_shape(model.apply, variables, jax.ShapeDtypeStruct((1, *shape), jnp.float32))  # refuses what cannot be

@@ -27,6 +27,7 @@ CASES = {
     "carriers_in_stage_3": (
         {"hat": (False, False, False, True), "do_propagation": True, "layer_norm_last": True}, (128, 128), 128),
     "no_carriers": ({"hat": (False,) * 4, "layer_scale": 1.0, "do_propagation": True}, (96, 96), 96),
+    "channels_to_fill_up": ({"dim": 12, "in_dim": 10, "layer_scale_conv": 0.5}, (96, 96), 96),
     "wide": (BOTH, (64, 192), (64, 192)),
     "tall_and_padded": ({**BOTH, "layer_scale": 1.0, "do_propagation": True}, (210, 90), (210, 90)),
     "another_size": ({**BOTH, "layer_scale": 1.0}, (128, 192), (192, 128)),

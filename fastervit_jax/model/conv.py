@@ -22,7 +22,7 @@ class Conv3x3(nn.Module):
     `train`: a batch norm on batch statistics follows, which takes the bias out again. Its gradient is
     then zero, and is not computed: what comes out is rounding noise, which Adam turns into steps.
 
-    `channels`: how many of the input's there are; the others are zeros that fill it up, and as many follow the output's.
+    `channels`: how many the input has; the others are zeros that fill it up, and as many follow the output's.
     """
 
     features: int
@@ -124,7 +124,7 @@ class Stem(nn.Module):
 
 
 class ConvBlock(nn.Module):
-    """x + drop_path(gamma · BN(conv(GELU(BN(conv(x)))))), of `width` channels; those of x beyond are zeros and stay so."""
+    """x + drop_path(gamma · BN(conv(GELU(BN(conv(x)))))), of `width` channels; more of x are zeros and stay so."""
 
     width: int
     layer_scale: float | None

@@ -46,10 +46,11 @@ def batch_norm(
     x: Float[Array, "g n h w c"], scale: Float[Array, "c"], bias: Float[Array, "c"], pivot: Float[Array, "c"],
     epsilon: float, activation: str, dtype: Any,
 ) -> tuple[Float[Array, "g n h w c"], Float[Array, "g c"], Float[Array, "g c"]]:
-    """activation((x - mean) / sqrt(var + epsilon) · scale + bias) in `dtype`, and each group's mean and (biased) variance.
+    """activation((x - mean) / sqrt(var + epsilon) · scale + bias) in `dtype`, and each group's mean and variance.
 
-    All in between is float32. `pivot` is near the mean: then E[d²] - E[d]², with d = x - pivot, does not cancel, and one
-    pass over x does for both. No gradient goes through the mean and the variance that are returned, nor into `pivot`.
+    All in between is float32. The variance is the biased one. `pivot` is near the mean: then E[d²] - E[d]², with
+    d = x - pivot, does not cancel, and one pass over x does for both. No gradient goes through the mean and the variance
+    that are returned, nor into `pivot`.
     """
     return _forward(x, scale, bias, pivot, epsilon, activation, dtype)[0]
 

@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 from fastervit_jax.data import augment, loader
 from fastervit_jax.data.sources import image_sides
 from fastervit_jax.model.variants import ModelConfig
+from fastervit_jax.ops.kernels import KERNELS
 from fastervit_jax.train.losses import LOSSES
 from fastervit_jax.train.metrics import check_wandb
 from fastervit_jax.train.optimizer import OPTIMIZERS
@@ -43,7 +44,7 @@ def check(config: ConfigDict) -> None:
         raise ValueError(f"config.layer_decay={config.layer_decay}: expected more than 0, at most 1, which is none")
     if config.warmup_epochs > config.epochs:
         raise ValueError(f"config.warmup_epochs={config.warmup_epochs}: expected at most config.epochs={config.epochs}")
-    for name, known in (("optimizer", OPTIMIZERS), ("loss", LOSSES)):
+    for name, known in (("optimizer", OPTIMIZERS), ("loss", LOSSES), ("kernels", KERNELS)):
         if config[name] not in known:
             raise ValueError(f"config.{name}={config[name]!r}: expected one of {', '.join(known)}")
     if config.mesa and not config.ema_decay:

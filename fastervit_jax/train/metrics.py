@@ -22,7 +22,7 @@ from tensorboardX.record_writer import masked_crc32c
 # What may differ between the starts of one run: it changes neither the model nor the numbers.
 FREE = (
     "log_every_steps", "eval_every_epochs", "checkpoint_every_epochs", "keep_checkpoints", "keep_best",
-    "max_bad_steps", "stuck_after", "profile", "wandb", "mesh.data", "mesh.fsdp", "remat",
+    "max_bad_steps", "stuck_after", "profile", "wandb", "mesh.data", "mesh.fsdp", "remat", "kernels",
     "data.dir", "data.workers", "data.timeout", "data.max_bad_fraction",
 )  # fmt: skip
 

@@ -84,7 +84,7 @@ def model_flops(model: FasterViT, variables: dict[str, Any], sides: tuple[int, i
     """
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), variables)
     images = jax.ShapeDtypeStruct((batch_size, *sides, model.config.in_chans), jnp.float32)
-    return _flops(jax.make_jaxpr(model.apply)(shapes, images).jaxpr) / batch_size
+    return _flops(jax.make_jaxpr(model.clone(kernels="xla").apply)(shapes, images).jaxpr) / batch_size
 
 
 def _flops(jaxpr: Jaxpr) -> int:

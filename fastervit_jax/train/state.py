@@ -43,7 +43,8 @@ class TrainState:
 
 def make_model(config: ConfigDict) -> FasterViT:
     """The model of a config, computed as it says."""
-    return FasterViT(ModelConfig(**config.model), remat=tuple(config.remat), bn_group_size=config.bn_group_size)
+    return FasterViT(ModelConfig(**config.model), remat=tuple(config.remat), bn_group_size=config.bn_group_size,
+                     kernels=config.kernels)
 
 
 def init_variables(model: FasterViT, config: ConfigDict) -> dict[str, Any]:

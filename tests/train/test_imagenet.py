@@ -49,7 +49,8 @@ def test_it_goes_on_with_other_workers(whole, tmp_path, monkeypatch):
 
 
 def run(*arguments, fails=False):
-    environment = {**os.environ, "JAX_DEFAULT_MATMUL_PRECISION": "highest", "XLA_FLAGS": ""}  # one device
+    quickly = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"  # compiled, for one device
+    environment = {**os.environ, "JAX_DEFAULT_MATMUL_PRECISION": "highest", "XLA_FLAGS": quickly}
     process = subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment, text=True, capture_output=True)
     assert (process.returncode != 0) == fails, process.stderr
     return process.stderr if fails else process.stdout

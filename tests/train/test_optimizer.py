@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from configs import common
 from fastervit_jax.model.variants import get_variant
 from fastervit_jax.train import evaluate, losses, schedule
-from fastervit_jax.train.optimizer import layer_ids, make_optimizer
+from fastervit_jax.train.optimizer import global_norm, layer_ids, make_optimizer
 from fastervit_jax.weights import pretrained
 
 DEPTHS = (1, 1, 2, 1)  # of the model `testing`
@@ -229,3 +229,13 @@ def test_in_top(top, expected):
 
 def test_report():
     assert evaluate.report({"acc1": 82.1, "acc5": 95.9}) == " * Acc@1 82.100 (17.900) Acc@5 95.900 (4.100)"
+
+
+def test_global_norm_is_that_of_all_arrays(key):
+    keys = jax.random.split(key, 5)
+    shapes = [(3, 4), (3, 4), (5,), (), (4, 3)]
+    tree = {str(i): jax.random.normal(k, shape) for i, (k, shape) in enumerate(zip(keys, shapes, strict=True))}
+    expected = np.sqrt(sum(np.square(np.asarray(x, np.float64)).sum() for x in tree.values()))
+    assert float(jax.jit(global_norm)(tree)) == pytest.approx(expected, rel=1e-6)
+    reductions = str(jax.make_jaxpr(global_norm)(tree)).count("reduce_sum")
+    assert reductions == 4  # one a shape

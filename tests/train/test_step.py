@@ -1,5 +1,8 @@
 """The train step: every knob reaches the program or the run."""
 
+import functools
+
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +14,7 @@ from fastervit_jax.data import sources
 from fastervit_jax.model.fastervit import FasterViT
 from fastervit_jax.model.variants import ModelConfig
 from fastervit_jax.train import evaluate, sharding
-from fastervit_jax.train.state import abstract_state
+from fastervit_jax.train.state import abstract_state, make_model
 from tests.train import runs
 
 MESH = sharding.make_mesh(jax.devices()[:1])
@@ -57,6 +60,7 @@ ELSEWHERE = {
     "data.max_bad_fraction", "data.crop_scale", "data.crop_ratio", "data.interpolation", "data.eval_crop",
     "data.eval_mode", "log_every_steps", "eval_every_epochs", "checkpoint_every_epochs", "keep_checkpoints",
     "init_from", "init_from_ema", "keep_best", "stuck_after", "profile", "wandb", "mesh.data", "mesh.fsdp",
+    "kernels",
 }  # fmt: skip
 
 
@@ -94,6 +98,22 @@ def test_the_same_config_gives_the_same_program(plain):
     assert program(runs.config()) == plain
 
 
+def test_kernels_reach_every_part_of_the_model():
+    seen = set()
+
+    def record(next_function, args, kwargs, context):
+        if hasattr(context.module, "kernels"):
+            seen.add((type(context.module).__name__, context.module.kernels))
+        return next_function(*args, **kwargs)
+
+    model = make_model(runs.config(kernels="xla"))
+    with nn.intercept_methods(record):
+        jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 64, 64, 1)))
+    names = {"Attention", "ConvStage", "Downsample", "FasterViT", "HATBlock", "HATStage", "LayerNorm", "Stem"}
+    assert {name for name, kernels in seen if kernels == "xla"} >= names
+    assert {name for name, kernels in seen if kernels != "xla"} <= {"Conv3x3"}  # those that are no images'
+
+
 def test_digits_use_carrier_tokens(key):
     config = digits.get_config()
     model = ModelConfig(**config.model)
@@ -102,14 +122,30 @@ def test_digits_use_carrier_tokens(key):
     assert side // model.window_size[2] >= 2  # windows a side
 
 
+# Tests that compile a step share these two, as far as they can.
+PLAIN = {"model.drop_path_rate": 0.0, "augment.zoom": 0.0, "augment.shift": 0.0, "clip_norm": 1e9}
+AVERAGED = {"model.drop_path_rate": 0.0, "augment.shift": 0.3, "ema_decay": 0.75, "max_bad_steps": 2}
+
+
+@functools.cache
+def _made(**changes):
+    return runs.parts(runs.config(**changes), MESH)
+
+
+def made(**changes):
+    """The initial state, and the train step, which a test may give both that and its batches away to."""
+    (_, state, train_step), over_batch = _made(**changes), sharding.over_batch(MESH)
+    return (jax.tree.map(jnp.copy, state),
+            lambda state, batch: train_step(state, jax.tree.map(jnp.copy, jax.device_put(batch, over_batch))))
+
+
 def test_every_step_has_its_own_randomness(key):
     # No drop path, no learning: what differs between two steps is the augmentation.
-    config = runs.config(**{"model.drop_path_rate": 0.0, "augment.shift": 0.3})
     image = sources.digits("train", 64)[0]
     batch = {name: jnp.asarray(np.stack([x] * 64)) for name, x in image.items()} | {"weight": jnp.ones(64)}
     losses = []
     for step in (0, 1, 1):
-        _, state, train_step = runs.parts(config, MESH)
+        state, train_step = made(**AVERAGED)
         losses.append(float(train_step(state.replace(step=jnp.int32(step)), batch)[1]["loss"]))
     assert losses[1] == losses[2]
     assert abs(losses[0] / losses[1] - 1) > 1e-5
@@ -117,14 +153,13 @@ def test_every_step_has_its_own_randomness(key):
 
 def test_images_of_no_weight_do_not_count(key):
     """Neither their labels nor, with mixing, their pixels in others' loss: the gradient is that of the others alone."""
-    config = runs.config(**{"model.drop_path_rate": 0.0, "augment.zoom": 0.0, "augment.shift": 0.0, "clip_norm": 1e9})
     images = np.asarray(jax.random.randint(key, (64, 64, 64, 1), 0, 256)).astype(np.uint8)
     batch = {"image": images, "label": np.arange(64, dtype=np.int32) % 10, "weight": np.ones(64, np.float32)}
     batch["weight"][[3, 7]] = 0
 
     def metrics(**changes):
-        _, state, train_step = runs.parts(config, MESH)
-        return jax.device_get(train_step(state, jax.device_put({**batch, **changes}))[1])
+        state, train_step = made(**PLAIN)
+        return jax.device_get(train_step(state, {**batch, **changes})[1])
 
     first = metrics()
     other_labels = batch["label"].copy()
@@ -146,10 +181,8 @@ def evaluated(monkeypatch):
 
 def step_metrics(images, labels, weights, **changes):
     """Of one step from the initial weights, without drop path or augmentation but for the changes."""
-    config = runs.config(**{"model.drop_path_rate": 0.0, "augment.zoom": 0.0, "augment.shift": 0.0, **changes})
-    batch = jax.device_put({"image": images, "label": labels, "weight": weights})
-    _, state, train_step = runs.parts(config, MESH)
-    return jax.device_get(train_step(state, batch)[1])
+    state, train_step = made(**PLAIN, **changes)
+    return jax.device_get(train_step(state, {"image": images, "label": labels, "weight": weights})[1])
 
 
 def test_the_loss_is_the_mean_of_the_images_that_count():
@@ -178,12 +211,8 @@ def test_a_bad_image_takes_its_partner_with_it():
         assert (abs(second / first - 1) > 1e-5) == counts
 
 
-PLAIN = {"model.drop_path_rate": 0.0, "augment.zoom": 0.0, "augment.shift": 0.0}
-
-
 def test_averages_follow_each_update():
-    config = runs.config(ema_decay=0.75)
-    _, state, train_step = runs.parts(config, MESH)
+    state, train_step = made(**AVERAGED)
     before = jax.device_get(state)
     jax.tree.map(np.testing.assert_array_equal, before.ema, before.variables)
     state, _ = train_step(state, runs.batch_of_digits(0, 64, MESH))
@@ -195,12 +224,12 @@ def test_averages_follow_each_update():
 
 def test_an_update_that_is_not_finite_is_skipped_as_a_whole():
     """Statistics, averages and the optimiser's count, too; after max_bad_steps in a row nothing moves any more."""
-    _, state, train_step = runs.parts(runs.config(ema_decay=0.9, max_bad_steps=2), MESH)
+    state, train_step = made(**AVERAGED)
     good = runs.batch_of_digits(0, 64, MESH)
     bad = {**good, "weight": good["weight"].at[3].set(jnp.nan)}
 
     def after(state, batch):
-        state, metrics = train_step(state, jax.tree.map(jnp.copy, batch))
+        state, metrics = train_step(state, batch)
         return state, jax.device_get((state, metrics))
 
     state, (first, metrics) = after(state, good)
@@ -228,8 +257,8 @@ def test_parts_of_a_batch_make_the_whole():
     results = []
     for given, changes in ((batch, {"accumulate": 2}), (grouped, {"bn_group_size": 32}),
                            (grouped, {"bn_group_size": 32, "remat": (True, True, True, True)}), (batch, {})):
-        _, state, train_step = runs.parts(runs.config(**PLAIN, **changes), MESH)
-        state, metrics = jax.device_get(train_step(state, jax.tree.map(jnp.copy, given)))
+        state, train_step = made(**PLAIN, **changes)
+        state, metrics = jax.device_get(train_step(state, given))
         results.append((state.opt_state, [metrics[name] for name in ("loss", "accuracy", "gradient_norm")]))
     (parts, metrics), (groups, expected), (again, recomputed), (_, whole) = results
     np.testing.assert_allclose(metrics, expected, rtol=1e-5)
@@ -243,7 +272,7 @@ def test_parts_of_a_batch_make_the_whole():
     ("cross_entropy", 2.3), ("binary_cross_entropy", 0.7)])
 def test_the_loss_that_the_config_names(loss, expected):
     """At first all of ten classes are as likely: log 10 for one distribution over them, log 2 for ten yes or no."""
-    _, state, train_step = runs.parts(runs.config(loss=loss), MESH)
+    state, train_step = made(**PLAIN, **({} if loss == "cross_entropy" else {"loss": loss}))
     assert float(train_step(state, runs.batch_of_digits(0, 64, MESH))[1]["loss"]) == pytest.approx(expected, rel=0.1)
 
 
