@@ -28,6 +28,7 @@ NOT_RUN = {
     "-m fastervit_jax.plan": "compiles for minutes, or needs libtpu; tests/test_plan.py plans a small model",
     "-oracle/bin/": "needs the official package; tests/weights/test_official.py compares with it",
     "-m tests.onnx_speed": "a measurement, of the full model",
+    "speed --jobs 8": "measurements on a GPU; tests/test_benchmark_speed.py runs them small",
     "random.safetensors": "what that measures",
     "configs/imagenet.py:faster_vit_4_224,smoke": "a minute; tests/test_configs.py runs it",
     "#SBATCH": "needs Slurm; tests/train/test_processes.py starts what it starts",

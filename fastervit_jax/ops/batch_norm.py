@@ -49,7 +49,7 @@ def batch_norm(
     """activation((x - mean) / sqrt(var + epsilon) · scale + bias) in `dtype`, and each group's mean and variance.
 
     All in between is float32. The variance is the biased one. `pivot` is near the mean: then E[d²] - E[d]², with
-    d = x - pivot, does not cancel, and one pass over x does for both. No gradient goes through the mean and the variance
+    d = x - pivot, does not cancel, and one pass over x does for both. No gradient goes through mean and variance
     that are returned, nor into `pivot`.
     """
     return _forward(x, scale, bias, pivot, epsilon, activation, dtype)[0]
