@@ -17,7 +17,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
-from flax.traverse_util import flatten_dict
 from jaxtyping import Array, Float, Shaped
 
 from fastervit_jax.model.fastervit import SMALLEST_SIDE, FasterViT
@@ -29,7 +28,7 @@ from fastervit_jax.ops.conv import conv3x3
 from fastervit_jax.ops.gelu import gelu
 from fastervit_jax.ops.kernels import ALIGNED
 from fastervit_jax.ops.norm import layer_norm
-from fastervit_jax.weights.pretrained import abstract_variables
+from fastervit_jax.weights.pretrained import check_variables
 
 Tree = Mapping[str, Any]
 """Nested dicts of arrays."""
@@ -239,7 +238,10 @@ def deploy(
     height, width = (size, size) if isinstance(size, int) else size
     if min(height, width) < SMALLEST_SIDE:
         raise ValueError(f"image_size={image_size!r}: expected a height and a width of at least {SMALLEST_SIDE} pixels")
-    _check_variables(config, variables)
+    if set(variables) != {"params", "batch_stats"}:
+        raise ValueError(f"variables have the collections {sorted(variables)}, expected ['batch_stats', 'params']: "
+                         "give those of model.init or from_pretrained")
+    check_variables(config, variables)
     params, stats, dtype = variables["params"], variables["batch_stats"], config.dtype
 
     p = {"stem": _convs_norms(params["stem"], stats["stem"], 1e-4, dtype, of_images=True)}
@@ -261,22 +263,6 @@ def deploy(
                 p[stage]["gamma1"] = _cast(params[stage][block]["gamma1"], dtype)
     p["head"] = _head(params, stats, config)
     return DeployedFasterViT(config, (height, width), model.kernels), {"deployed": p}
-
-
-def _check_variables(config: ModelConfig, variables: Tree) -> None:
-    expected = abstract_variables(config)
-    if set(variables) != set(expected):
-        raise ValueError(f"variables have the collections {sorted(variables)}, expected {sorted(expected)}: give "
-                         "those of model.init or from_pretrained")
-    given, expected = (flatten_dict(dict(tree), sep="/") for tree in (variables, expected))
-    different = [
-        f"{key}: {np.shape(given[key]) if key in given else 'missing'}, expected "
-        f"{expected[key].shape if key in expected else 'none'}"
-        for key in sorted({*given, *expected})
-        if key not in given or key not in expected or np.shape(given[key]) != expected[key].shape
-    ]
-    if different:
-        raise ValueError("\n  ".join(["the variables are not this model's:", *different]))
 
 
 def _wide(tree: Any) -> Any:

@@ -395,6 +395,21 @@ def _write_orbax(path: pathlib.Path, config: ModelConfig, arrays: Mapping[str, S
         (partial / "config.json").write_text(json.dumps({"model": dataclasses.asdict(config)}, indent=2) + "\n")
 
 
+def check_variables(config: ModelConfig, variables: Mapping[str, Any]) -> dict[str, Any]:
+    """The variables' arrays by their paths. Raises WeightsError, naming each difference, if they fit another model."""
+    given = flatten_dict(dict(variables), sep="/")
+    expected = flatten_dict(abstract_variables(config), sep="/")
+    different = [
+        f"{key}: {np.shape(given[key]) if key in given else 'missing'}, expected "
+        f"{expected[key].shape if key in expected else 'none'}"
+        for key in sorted({*given, *expected})
+        if key not in given or key not in expected or np.shape(given[key]) != expected[key].shape
+    ]
+    if different:
+        raise WeightsError("the variables are not this model's:\n  " + "\n  ".join(different))
+    return given
+
+
 def save_pretrained(
     model: FasterViT, variables: Mapping[str, Any], path: str | os.PathLike, *, resolution: int = 224
 ) -> None:
@@ -407,16 +422,7 @@ def save_pretrained(
     Raises ValueError for another suffix, FileExistsError for a folder that exists, WeightsError if the variables are
     not this model's, or not finite, or the official model has no such form at that resolution.
     """
-    given = flatten_dict(dict(variables), sep="/")
-    expected = flatten_dict(abstract_variables(model.config), sep="/")
-    different = [
-        f"{key}: {np.shape(given[key]) if key in given else 'missing'}, expected "
-        f"{expected[key].shape if key in expected else 'none'}"
-        for key in sorted({*given, *expected})
-        if key not in given or key not in expected or np.shape(given[key]) != expected[key].shape
-    ]
-    if different:
-        raise WeightsError("the variables are not this model's:\n  " + "\n  ".join(different))
+    given = check_variables(model.config, variables)
     arrays = {}
     for name, (collection, flax_path, _) in layout(model.config).items():
         array = names.to_pytorch_layout(flax_path, np.asarray(given[f"{collection}/{flax_path}"]))
