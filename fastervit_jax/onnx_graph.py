@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import onnx
 
+from fastervit_jax.model.attention import LayerNorm
 from fastervit_jax.model.fastervit import FasterViT
 
 OPSET = 20
@@ -55,7 +56,7 @@ def onnx_layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: ja
 
 def _one_call(call: Callable, args: tuple, kwargs: dict, context: nn.module.InterceptorContext) -> Any:
     module = context.module
-    if isinstance(module, nn.LayerNorm) and context.method_name == "__call__":
+    if isinstance(module, LayerNorm) and context.method_name == "__call__":
         own = module.variables["params"]
         return onnx_layer_norm(args[0], own["scale"], own["bias"], jnp.float32(module.epsilon))
     return call(*args, **kwargs)

@@ -20,6 +20,7 @@ from jaxtyping import Array, Float
 from fastervit_jax.model.attention import MLP, Attention, LayerNorm, drop_path, layer_scale, scaled
 from fastervit_jax.model.conv import Conv3x3
 from fastervit_jax.model.position import AbsolutePosition
+from fastervit_jax.ops.kernels import chosen
 
 
 def partition(x: Float[Array, "b h w c"], side: int) -> Float[Array, "b n t c"]:
@@ -53,9 +54,11 @@ def upsample_nearest(carriers: Float[Array, "b n k c"], ct_size: int, window: in
     return carriers[:, :, (near[:, None] * ct_size + near[None, :]).reshape(-1)]
 
 
-def join(carriers: Float[Array, "b n k c"], x: Float[Array, "b n t c"]) -> Float[Array, "b n k+t c"]:
+def join(carriers: Float[Array, "b n k c"], x: Float[Array, "b n t c"], kernels: str) -> Float[Array, "b n k+t c"]:
     """Each window's carrier tokens and its tokens, one after the other."""
-    # Not a concatenation, for which XLA's kernels take twice as long.
+    if not chosen(kernels, x.dtype, ""):
+        return jnp.concatenate([carriers, x], axis=2)
+    # XLA's concatenation for GPUs takes twice as long.
     z = jnp.pad(x, ((0, 0), (0, 0), (carriers.shape[2], 0), (0, 0)))
     return jax.lax.dynamic_update_slice(z, carriers, (0, 0, 0, 0))
 
@@ -123,7 +126,7 @@ class HATBlock(nn.Module):
             leading = self.ct_size**2
             gamma1 = self.gamma("gamma1")
             carriers = self.attend_over_image(carriers, rows, cols, gamma1, train)
-            z = join(carriers, x)
+            z = join(carriers, x, self.kernels)
 
         y = rearrange(self.norm("norm1")(z), "b n t c -> (b n) t c")
         y = self.attention("attention")(y, self.window, self.window, leading, train)

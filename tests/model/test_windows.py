@@ -130,3 +130,10 @@ def test_reference_agrees_with_the_official_model(name):
     assert official.relative_error(logits, theirs["logits"]) < 1e-6
     for i, x in enumerate(maps):
         assert official.relative_error(x, theirs[f"stage{i}"]) < 1e-6
+
+
+def test_carriers_come_before_their_windows_tokens(key):
+    carriers, x = jax.random.normal(key, (2, 3, 4, 5)), jax.random.normal(jax.random.fold_in(key, 1), (2, 3, 7, 5))
+    expected = np.concatenate([carriers, x], axis=2)
+    for kernels in ("xla", "pallas"):
+        np.testing.assert_array_equal(hat.join(carriers, x, kernels), expected)
