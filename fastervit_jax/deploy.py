@@ -27,6 +27,7 @@ from fastervit_jax.ops.attention import attention
 from fastervit_jax.ops.conv import conv3x3
 from fastervit_jax.ops.gelu import gelu
 from fastervit_jax.ops.kernels import ALIGNED
+from fastervit_jax.ops.mlp import mlp
 from fastervit_jax.ops.norm import layer_norm
 from fastervit_jax.weights.pretrained import check_variables
 
@@ -71,9 +72,10 @@ def attend(p: Tree, x: Float[Array, "b t c"], bias: Float[Array, "a t t"], kerne
     return x + linear(p["out"], attention(qkv, bias, scale=1.0, kernels=kernels))
 
 
-def mlp(p: Tree, x: Float[Array, "b t c"], kernels: str) -> Float[Array, "b t c"]:
+def mlp_block(p: Tree, x: Float[Array, "b t c"], kernels: str) -> Float[Array, "b t c"]:
     """x + MLP(norm(x))."""
-    return x + linear(p["out"], gelu(linear(p["hidden"], normalise(x, 1e-5, kernels))))
+    hidden, out = ((p[name]["kernel"], p[name]["bias"]) for name in ("hidden", "out"))
+    return x + mlp(normalise(x, 1e-5, kernels), hidden, out, kernels=kernels)
 
 
 def conv_block(p: Tree, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
@@ -122,9 +124,9 @@ def hat_block(
         m = tables["position"].shape[0]
         carriers = z[:, :k].reshape(-1, m, z.shape[-1]) + tables["position"][None].astype(z.dtype)
         carriers = attend(p["carrier_attention"], carriers, tables["bias"], kernels)
-        carriers = mlp(p["carrier_mlp"], carriers, kernels)
+        carriers = mlp_block(p["carrier_mlp"], carriers, kernels)
         x = jax.lax.dynamic_update_slice(x, carriers.reshape(-1, k, z.shape[-1]), (0, 0, 0))  # in place
-    return mlp(p["mlp"], attend(p["attention"], x, bias, kernels), kernels)
+    return mlp_block(p["mlp"], attend(p["attention"], x, bias, kernels), kernels)
 
 
 def hat_stage(

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 from fastervit_jax.model.position import RelativePositionBias
 from fastervit_jax.ops.attention import attention, attention_weights, split_heads
-from fastervit_jax.ops.gelu import gelu
+from fastervit_jax.ops.mlp import mlp
 from fastervit_jax.ops.norm import layer_norm
 
 
@@ -85,6 +85,17 @@ class Attention(nn.Module):
         return nn.Dropout(self.drop_rate, deterministic=not train)(out)
 
 
+class Linear(nn.Module):
+    """The parameters of a linear layer, as `dense` makes them, for functions that compute more than it at once."""
+
+    features: int
+
+    @nn.compact
+    def __call__(self, inputs: int) -> tuple[Float[Array, "i o"], Float[Array, "o"]]:
+        kernel = self.param("kernel", nn.initializers.normal(0.02), (inputs, self.features), jnp.float32)
+        return kernel, self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
+
+
 class MLP(nn.Module):
     """linear → GELU (exact) → linear, applied to each token."""
 
@@ -92,9 +103,11 @@ class MLP(nn.Module):
     hidden: int
     drop_rate: float
     dtype: Any
+    kernels: str = "auto"
 
     @nn.compact
     def __call__(self, x: Float[Array, "... c"], train: bool) -> Float[Array, "... c"]:
-        drop = nn.Dropout(self.drop_rate, deterministic=not train)
-        x = drop(gelu(dense(self.hidden, dtype=self.dtype, name="hidden")(x)))
-        return drop(dense(self.width, dtype=self.dtype, name="out")(x))
+        hidden = Linear(self.hidden, name="hidden")(x.shape[-1])
+        out = Linear(self.width, name="out")(self.hidden)
+        drop = nn.Dropout(self.drop_rate, deterministic=False) if train and self.drop_rate else None
+        return mlp(x.astype(self.dtype), hidden, out, drop=drop, kernels=self.kernels)

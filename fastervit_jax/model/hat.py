@@ -104,7 +104,8 @@ class HATBlock(nn.Module):
                          self.kernels, name=name)
 
     def mlp(self, name: str) -> MLP:
-        return MLP(self.width, int(self.width * self.mlp_ratio), self.drop_rate, self.dtype, name=name)
+        hidden = int(self.width * self.mlp_ratio)
+        return MLP(self.width, hidden, self.drop_rate, self.dtype, self.kernels, name=name)
 
     def norm(self, name: str) -> LayerNorm:
         return LayerNorm(1e-5, self.dtype, self.kernels, name=name)
