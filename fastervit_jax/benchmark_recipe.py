@@ -2,6 +2,7 @@
 
 import argparse
 import ast
+import collections
 import contextlib
 import importlib.util
 import itertools
@@ -25,7 +26,10 @@ from configs import imagenet
 from fastervit_jax.data import augment, loader, sources
 from fastervit_jax.train import losses, schedule, sharding
 from fastervit_jax.train.checkpoint import Checkpoints
+from fastervit_jax.train.loop import AHEAD
+from fastervit_jax.train.metrics import MetricWriter
 from fastervit_jax.train.optimizer import make_optimizer
+from fastervit_jax.train.speed import Meter
 from fastervit_jax.train.state import create_state, make_model
 from fastervit_jax.train.step import make_train_step
 
@@ -178,7 +182,39 @@ def benchmark_input(source: Any, config: ConfigDict, steps: int) -> None:
                  augmentation_ms=1e3 * augmentation, augmentation_share=augmentation / resident)
 
 
-def benchmark_train(config: ConfigDict, counts: list[int], steps: int, repeat: int, save: bool) -> None:
+def logging_costs(
+    state: Any, timed: Callable, config: ConfigDict, mesh: Any, folder: pathlib.Path, repeat: int
+) -> tuple[Any, float]:
+    """The state after it, and the part of a step that training's figures and logging take: with them and without, in
+    turns, over twice config.log_every_steps steps."""
+    every = config.log_every_steps
+    with MetricWriter(folder, 0) as writer, Meter(
+            1.0, config.batch_size, mesh.devices.flat, 0, 10**6) as meter:
+        in_flight = []
+
+        def log(step: int, found: Any) -> None:
+            with meter.waiting():
+                pass
+            meter.stepped(found)
+            in_flight.append(found)
+            if step % every == 0:
+                figures = jax.device_get(in_flight)
+                in_flight.clear()
+                writer.write(step, "train", {name: float(sum(x[name] for x in figures)) for name in figures[0]})
+                writer.write_speed(step, meter.figures(step))
+
+        costs = []
+        for _ in range(repeat):
+            state, without, _ = timed(state, 2 * every)
+            meter.start(0)
+            state, with_logs, _ = timed(state, 2 * every, log=log)
+            costs.append(with_logs / without - 1)
+    return state, statistics.median(costs)
+
+
+def benchmark_train(
+    config: ConfigDict, counts: list[int], steps: int, repeat: int, save: bool, logs: bool = False
+) -> None:
     """The recipe's step on so many devices each, config.batch_size images a device; efficiency against the first."""
     first = None
     for count in counts:
@@ -200,17 +236,20 @@ def benchmark_train(config: ConfigDict, counts: list[int], steps: int, repeat: i
         compiled = train_step.lower(state, batch).compile()
         compile_seconds = time.perf_counter() - start
 
-        def timed(state, during=lambda state: None, compiled=compiled, batch=batch):
+        def timed(state, steps=steps, during=lambda state: None, log=lambda step, metrics: None, compiled=compiled,
+                  batch=batch):
             """Seconds a step, and seconds that `during` took of the host after the first of them."""
             state, metrics = jax.block_until_ready(compiled(state, batch))
-            start, held = time.perf_counter(), 0.0
+            start, held, before = time.perf_counter(), 0.0, collections.deque([metrics], AHEAD)
             for i in range(steps):
-                before, (state, metrics) = metrics, compiled(state, batch)
+                state, metrics = compiled(state, batch)
                 if i == 0:
                     asked = time.perf_counter()
                     during(state)
                     held = time.perf_counter() - asked
-                jax.block_until_ready(before)  # as in training, the host is a step or two ahead
+                jax.block_until_ready(before[0])  # as in training, the host is a step or two ahead
+                before.append(metrics)
+                log(i + 1, metrics)
             jax.block_until_ready(metrics)
             return state, (time.perf_counter() - start) / steps, held
 
@@ -221,20 +260,22 @@ def benchmark_train(config: ConfigDict, counts: list[int], steps: int, repeat: i
         step = statistics.median(seconds)
         rate = own.batch_size / step
         first = first or rate / count
-        saving = {}
-        if save:
-            with tempfile.TemporaryDirectory(prefix="fastervit_jax_benchmark_") as folder, Checkpoints(
-                    pathlib.Path(folder), keep=1, keep_best=False, say=print) as checkpoints:
-                checkpoints.save(state, 0, wait=True)  # compiles what takes the digests
-                state, with_save, held = timed(state, lambda state, to=checkpoints: to.save(state, 1))
-            saving = {"save_holds_host_ms": 1e3 * held, "save_costs_steps": (with_save - step) * steps / step}
+        more = {}
+        with tempfile.TemporaryDirectory(prefix="fastervit_jax_benchmark_") as folder:
+            if logs:
+                state, more["logging_costs"] = logging_costs(state, timed, own, mesh, pathlib.Path(folder), repeat)
+            if save:
+                with Checkpoints(pathlib.Path(folder) / "saved", keep=1, keep_best=False, say=print) as checkpoints:
+                    checkpoints.save(state, 0, wait=True)  # compiles what takes the digests
+                    state, with_save, held = timed(state, during=lambda state, to=checkpoints: to.save(state, 1))
+                more |= {"save_holds_host_ms": 1e3 * held, "save_costs_steps": (with_save - step) * steps / step}
         memory = [device.memory_stats() or {} for device in mesh.devices.flat]
         tell(benchmark="train", variant=own.name.removeprefix("imagenet_"), device=mesh.devices.flat[0].device_kind,
              devices=count, fsdp=mesh.shape["fsdp"], batch=own.batch_size, accumulate=own.accumulate,
              compile_seconds=compile_seconds, step_ms=1e3 * step, lowest_ms=1e3 * min(seconds),
              highest_ms=1e3 * max(seconds), images_per_second=rate, efficiency=rate / count / first,
              peak_gib=max(x.get("peak_bytes_in_use", 0) for x in memory) / 2**30 or None,
-             temporary_gib=compiled.memory_analysis().temp_size_in_bytes / 2**30, **saving)
+             temporary_gib=compiled.memory_analysis().temp_size_in_bytes / 2**30, **more)
 
 
 def main(what: str, arguments: list[str]) -> None:
@@ -252,6 +293,7 @@ def main(what: str, arguments: list[str]) -> None:
     parser.add_argument("--devices", type=int, nargs="+", default=[1], help="of each measurement of train")
     parser.add_argument("--save", action=argparse.BooleanOptionalAction, default=True, help="a checkpoint in train, "
                         "to see what it holds up; --no-save where the state is too large for the disk")
+    parser.add_argument("--log", action="store_true", help="also what figures and logging cost in train")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="changes of the recipe's config")
     args = parser.parse_args(arguments)
     is_data = what == "data"
@@ -261,7 +303,7 @@ def main(what: str, arguments: list[str]) -> None:
     config.update_from_flattened_dict({key: ast.literal_eval(value) for key, value in (x.split("=") for x in args.set)})
     if what == "train":
         config.batch_size = args.batch or 128
-        benchmark_train(config, args.devices, args.steps, args.repeat, args.save)
+        benchmark_train(config, args.devices, args.steps, args.repeat, args.save, args.log)
         return
     with tempfile.TemporaryDirectory(prefix="fastervit_jax_benchmark_") as folder, config.unlocked():
         config.data.source, config.data.dir, config.data.workers = "folder", folder, workers[-1]

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 from fastervit_jax.model.position import RelativePositionBias
 from fastervit_jax.ops.attention import attention, attention_weights, split_heads
-from fastervit_jax.ops.mlp import mlp
+from fastervit_jax.ops.mlp import Weights, linear, mlp
 from fastervit_jax.ops.norm import layer_norm
 
 
@@ -55,6 +55,8 @@ def scaled(x: Float[Array, "... c"], gamma: Float[Array, "c"] | None) -> Float[A
 class Attention(nn.Module):
     """Multi-head self-attention of tokens on a rows × cols grid, with `leading` tokens before them.
 
+    The result is multiplied by gamma, where there is a layer scale.
+
     `kernels`: how it is computed, one of `ops.kernels.KERNELS`.
 
     Where the collection `attention` is mutable, `weights` in it is float32 (b, h, t, t): for each token (third axis)
@@ -71,7 +73,8 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "b t c"], rows: int, cols: int, leading: int, train: bool
+        self, x: Float[Array, "b t c"], rows: int, cols: int, leading: int, train: bool,
+        gamma: Float[Array, "c"] | None = None,
     ) -> Float[Array, "b t c"]:
         qkv = dense(3 * self.width, use_bias=self.qkv_bias, dtype=self.dtype, name="qkv")(x)
         bias = RelativePositionBias(self.heads, name="position_bias")(rows, cols, leading)
@@ -81,23 +84,28 @@ class Attention(nn.Module):
                      reduce_fn=lambda _, weights: weights)
         drop = nn.Dropout(self.attn_drop_rate, deterministic=False) if train and self.attn_drop_rate else None
         out = attention(qkv, bias, drop=drop, kernels=self.kernels)
-        out = dense(self.width, dtype=self.dtype, name="out")(out)
+        out = linear(out, Linear(self.width, name="out")(self.width, gamma))
         return nn.Dropout(self.drop_rate, deterministic=not train)(out)
 
 
 class Linear(nn.Module):
-    """The parameters of a linear layer, as `dense` makes them, for functions that compute more than it at once."""
+    """The kernel and bias of a linear layer as `dense` makes them, for functions that compute more than it at once.
+
+    `gamma`, a layer scale of its outputs, is multiplied into them: where the outputs themselves were scaled, they would
+    be kept for gamma's gradient.
+    """
 
     features: int
 
     @nn.compact
-    def __call__(self, inputs: int) -> tuple[Float[Array, "i o"], Float[Array, "o"]]:
+    def __call__(self, inputs: int, gamma: Float[Array, "o"] | None = None) -> Weights:
         kernel = self.param("kernel", nn.initializers.normal(0.02), (inputs, self.features), jnp.float32)
-        return kernel, self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
+        return (kernel, bias) if gamma is None else (kernel * gamma[None], bias * gamma)
 
 
 class MLP(nn.Module):
-    """linear → GELU (exact) → linear, applied to each token."""
+    """linear → GELU (exact) → linear, applied to each token; then times gamma, where there is a layer scale."""
 
     width: int
     hidden: int
@@ -106,8 +114,10 @@ class MLP(nn.Module):
     kernels: str = "auto"
 
     @nn.compact
-    def __call__(self, x: Float[Array, "... c"], train: bool) -> Float[Array, "... c"]:
+    def __call__(
+        self, x: Float[Array, "... c"], train: bool, gamma: Float[Array, "c"] | None = None
+    ) -> Float[Array, "... c"]:
         hidden = Linear(self.hidden, name="hidden")(x.shape[-1])
-        out = Linear(self.width, name="out")(self.hidden)
+        out = Linear(self.width, name="out")(self.hidden, gamma)
         drop = nn.Dropout(self.drop_rate, deterministic=False) if train and self.drop_rate else None
         return mlp(x.astype(self.dtype), hidden, out, drop=drop, kernels=self.kernels)

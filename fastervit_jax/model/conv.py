@@ -60,7 +60,7 @@ class BatchNorm(nn.Module):
     running variance takes the unbiased estimate (flax.linen.BatchNorm takes the biased one). On a
     sharded batch they are the statistics of the global batch; with `group_size`, those of each so many images that
     follow each other, and the running ones take the groups' mean. All of it is float32; the result has `dtype`.
-    `channels`: as Conv3x3's.
+    `channels`: as Conv3x3's. In training `factor` multiplies the result of each image (drop path).
     """
 
     epsilon: float
@@ -68,9 +68,12 @@ class BatchNorm(nn.Module):
     group_size: int = 0
     activation: str = "none"
     channels: int | None = None
+    kernels: str = "auto"
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b h w c"], train: bool) -> Float[Array, "b h w c"]:
+    def __call__(
+        self, x: Float[Array, "b h w c"], train: bool, factor: Float[Array, "b"] | None = None
+    ) -> Float[Array, "b h w c"]:
         batch, height, wide, filled = x.shape
         width = self.channels or filled
 
@@ -98,7 +101,9 @@ class BatchNorm(nn.Module):
             raise ValueError(f"batch norm got one value a channel, shape {x.shape[1:]}: training needs at least "
                              "two; use a larger batch or larger images")
         y, mean, var = batch_norm(
-            x, fill(scale), fill(bias), fill(running_mean.value), self.epsilon, self.activation, self.dtype)
+            x, fill(scale), fill(bias), fill(running_mean.value),
+            None if factor is None else factor.reshape(groups, batch // groups), self.epsilon, self.activation,
+            self.dtype, self.kernels)
         mean, var = mean[:, :width], var[:, :width]
         if not self.is_initializing():
             running_mean.value = 0.9 * running_mean.value + 0.1 * mean.mean(0)
@@ -131,16 +136,19 @@ class ConvBlock(nn.Module):
     drop_path_rate: float
     dtype: Any
     bn_group_size: int = 0
+    kernels: str = "auto"
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"], train: bool) -> Float[Array, "b h w c"]:
         y = Conv3x3(self.width, self.dtype, channels=self.width, name="conv1")(x, train)
-        y = BatchNorm(1e-5, self.dtype, self.bn_group_size, "gelu", self.width, name="norm1")(y, train)
+        y = BatchNorm(1e-5, self.dtype, self.bn_group_size, "gelu", self.width, self.kernels, name="norm1")(y, train)
         y = Conv3x3(self.width, self.dtype, channels=self.width, name="conv2")(y, train)
-        y = BatchNorm(1e-5, self.dtype, self.bn_group_size, channels=self.width, name="norm2")(y, train)
+        kept = None  # of each image: drop path's factor
+        if train and self.drop_path_rate:
+            kept = drop_path(self.drop_path_rate, 1, train, jnp.ones((len(x), 1)))[:, 0]
+        y = BatchNorm(1e-5, self.dtype, self.bn_group_size, channels=self.width, name="norm2")(y, train, kept)
         gamma = layer_scale(self, "gamma", self.layer_scale, self.width)
-        gamma = gamma if gamma is None else jnp.pad(gamma, (0, x.shape[-1] - self.width))
-        return x + drop_path(self.drop_path_rate, 1, train, scaled(y, gamma))
+        return x + scaled(y, gamma if gamma is None else jnp.pad(gamma, (0, x.shape[-1] - self.width)))
 
 
 class ConvStage(nn.Module):
@@ -164,7 +172,8 @@ class ConvStage(nn.Module):
         x = jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, more)))
         block = nn.remat(ConvBlock, static_argnums=(2,)) if self.remat else ConvBlock
         for i, rate in enumerate(self.drop_path_rates):
-            x = block(self.width, self.layer_scale, rate, self.dtype, self.bn_group_size, name=f"blocks_{i}")(x, train)
+            x = block(self.width, self.layer_scale, rate, self.dtype, self.bn_group_size, self.kernels,
+                      name=f"blocks_{i}")(x, train)
         return x[..., : self.width]
 
 

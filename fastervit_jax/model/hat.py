@@ -8,6 +8,7 @@ Axes: b batch, h and w height and width of a map, c channels, n windows (row-maj
 t tokens of a window (row-major), k carrier tokens of a window (row-major).
 """
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -20,6 +21,7 @@ from jaxtyping import Array, Float
 from fastervit_jax.model.attention import MLP, Attention, LayerNorm, drop_path, layer_scale, scaled
 from fastervit_jax.model.conv import Conv3x3
 from fastervit_jax.model.position import AbsolutePosition
+from fastervit_jax.ops.gelu import is_16_bit
 from fastervit_jax.ops.kernels import chosen
 
 
@@ -44,8 +46,29 @@ def average_pool(x: Float[Array, "b h w c"], window: int, carriers: int) -> Floa
         out = pixels // window * carriers
         stride = pixels // out
         sides.append((pixels - (out - 1) * stride, stride))
-    (kernel_h, stride_h), (kernel_w, stride_w) = sides
-    return nn.avg_pool(x, (kernel_h, kernel_w), strides=(stride_h, stride_w))
+    kernel, strides = zip(*sides, strict=True)
+    if is_16_bit(x.dtype):
+        return _average_pool(x, kernel, strides)
+    return nn.avg_pool(x, kernel, strides=strides)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _average_pool(x, kernel, strides):
+    return nn.avg_pool(x.astype(jnp.float32), kernel, strides=strides).astype(x.dtype)
+
+
+def _average_pool_backward(kernel, strides, shape, d_out):
+    """XLA goes through a whole patch for each pixel; here one axis comes after the other."""
+    d_x = d_out.astype(jnp.float32) / (kernel[0] * kernel[1])
+    for axis, side, stride in zip((1, 2), kernel, strides, strict=True):
+        more = shape[axis] - (d_x.shape[axis] - 1) * stride - 1
+        d_x = sum(jax.lax.pad(d_x, np.float32(0), [
+            (i, more - i, stride - 1) if a == axis else (0, 0, 0) for a in range(4)]) for i in range(side))
+    return (d_x.astype(d_out.dtype),)
+
+
+_average_pool.defvjp(
+    lambda x, kernel, strides: (_average_pool(x, kernel, strides), x.shape), _average_pool_backward)
 
 
 def upsample_nearest(carriers: Float[Array, "b n k c"], ct_size: int, window: int) -> Float[Array, "b n t c"]:
@@ -130,11 +153,11 @@ class HATBlock(nn.Module):
             z = join(carriers, x, self.kernels)
 
         y = rearrange(self.norm("norm1")(z), "b n t c -> (b n) t c")
-        y = self.attention("attention")(y, self.window, self.window, leading, train)
+        y = self.attention("attention")(y, self.window, self.window, leading, train, self.gamma("gamma3"))
         y = y.reshape(batch, windows, leading + tokens, self.width)
-        z = z + drop_path(self.drop_path_rate, 2, train, scaled(y, self.gamma("gamma3")))
-        y = self.mlp("mlp")(self.norm("norm2")(z), train)
-        z = z + drop_path(self.drop_path_rate, 2, train, scaled(y, self.gamma("gamma4")))
+        z = z + drop_path(self.drop_path_rate, 2, train, y)
+        y = self.mlp("mlp")(self.norm("norm2")(z), train, self.gamma("gamma4"))
+        z = z + drop_path(self.drop_path_rate, 2, train, y)
         if carriers is None:
             return z, None
 
@@ -151,10 +174,10 @@ class HATBlock(nn.Module):
         c = unpartition(carriers, self.ct_size, rows, cols).reshape(-1, high * wide, self.width)
         position = AbsolutePosition(self.width, name="carrier_position")(high, wide)
         c = c + position.astype(self.dtype)[None]
-        y = self.attention("carrier_attention")(self.norm("carrier_norm1")(c), high, wide, 0, train)
-        c = c + drop_path(self.drop_path_rate, 1, train, scaled(y, gamma1))
-        y = self.mlp("carrier_mlp")(self.norm("carrier_norm2")(c), train)
-        c = c + drop_path(self.drop_path_rate, 1, train, scaled(y, self.gamma("gamma2")))
+        y = self.attention("carrier_attention")(self.norm("carrier_norm1")(c), high, wide, 0, train, gamma1)
+        c = c + drop_path(self.drop_path_rate, 1, train, y)
+        y = self.mlp("carrier_mlp")(self.norm("carrier_norm2")(c), train, self.gamma("gamma2"))
+        c = c + drop_path(self.drop_path_rate, 1, train, y)
         return partition(c.reshape(-1, high, wide, self.width), self.ct_size)
 
 

@@ -12,13 +12,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
 from fastervit_jax.ops import gelu
+from fastervit_jax.ops.kernels import Rows, call, chosen, over_batch
 
 OVER = (1, 2, 3)
 """The axes that statistics are taken over."""
-
+PROGRAMS = 1024
+"""At most so many share the kernel's rows."""
 
 ACTIVATIONS = ("none", "relu", "gelu")
 
@@ -41,53 +44,93 @@ def _wide(x: Float[Array, "g c"]) -> Float[Array, "g 1 1 1 c"]:
     return x[:, None, None, None]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7, 8))
 def batch_norm(
     x: Float[Array, "g n h w c"], scale: Float[Array, "c"], bias: Float[Array, "c"], pivot: Float[Array, "c"],
-    epsilon: float, activation: str, dtype: Any,
+    factor: Float[Array, "g n"] | None, epsilon: float, activation: str, dtype: Any, kernels: str,
 ) -> tuple[Float[Array, "g n h w c"], Float[Array, "g c"], Float[Array, "g c"]]:
     """activation((x - mean) / sqrt(var + epsilon) · scale + bias) in `dtype`, and each group's mean and variance.
 
     All in between is float32. The variance is the biased one. `pivot` is near the mean: then E[d²] - E[d]², with
-    d = x - pivot, does not cancel, and one pass over x does for both. No gradient goes through mean and variance
-    that are returned, nor into `pivot`.
+    d = x - pivot, does not cancel, and one pass over x does for both. `factor` multiplies the result of each image, for
+    drop path. No gradient goes through mean and variance that are returned, nor into `pivot` and `factor`.
+    `kernels`: one of `ops.kernels.KERNELS`; there is one for the gradient of GELU, where XLA makes three passes of two.
     """
-    return _forward(x, scale, bias, pivot, epsilon, activation, dtype)[0]
+    return _forward(x, scale, bias, pivot, factor, epsilon, activation, dtype, kernels)[0]
 
 
-def _forward(x, scale, bias, pivot, epsilon, activation, dtype):
+def _times(x: Float[Array, "g n h w c"], factor: Float[Array, "g n"] | None) -> Float[Array, "g n h w c"]:
+    """In float32."""
+    x = x.astype(jnp.float32)
+    return x if factor is None else x * factor[:, :, None, None, None]
+
+
+def _forward(x, scale, bias, pivot, factor, epsilon, activation, dtype, kernels):
     d = x.astype(jnp.float32) - pivot[None, None, None, None]
     d_mean = d.mean(OVER)
     mean = pivot[None] + d_mean
     var = jnp.maximum((d * d).mean(OVER) - d_mean * d_mean, 0.0)
     inverse = jax.lax.rsqrt(var + epsilon)
     normal = (x.astype(jnp.float32) - _wide(mean)) * _wide(inverse * scale[None]) + bias[None, None, None, None]
-    return (activate(normal, activation, dtype), mean, var), (x, scale, bias, mean, inverse)
+    y = _times(activate(normal, activation, dtype), factor).astype(dtype)
+    return (y, mean, var), (x, scale, bias, factor, mean, inverse)
 
 
-def _backward(epsilon, activation, dtype, residuals, gradients):
-    x, scale, bias, mean, inverse = residuals
+def _backward(epsilon, activation, dtype, kernels, residuals, gradients):
+    x, scale, bias, factor, mean, inverse = residuals
     d_out = gradients[0]
     lean = gelu.is_16_bit(x.dtype)
 
     def through_activation(x, d_out):
         normal = (x.astype(jnp.float32) - _wide(mean)) * _wide(inverse)
         scaled = normal * scale[None, None, None, None] + bias[None, None, None, None]
-        return normal, d_out.astype(jnp.float32) * _slope(scaled, activation, dtype)
+        return normal, _times(d_out, factor) * _slope(scaled, activation, dtype)
 
     if lean:
         x, d_out = jax.lax.optimization_barrier((x, d_out))
-    normal, d_scaled = through_activation(x, d_out)
-    # One reduction of two arrays: with two of them, XLA writes d_scaled, and reads it for each.
-    zero = jnp.zeros((), jnp.float32)
-    d_bias, d_scale = jax.lax.reduce(
-        (d_scaled, d_scaled * normal), (zero, zero), lambda a, b: (a[0] + b[0], a[1] + b[1]), OVER)
+    if activation == "gelu" and factor is None and chosen(kernels, x.dtype, ""):
+        rows = (len(x), -1, x.shape[-1])
+        vectors = mean, inverse, *(jnp.broadcast_to(vector, mean.shape) for vector in (scale, bias))
+        sums = _sums(x.reshape(rows), d_out.reshape(rows), *vectors)
+        d_scale, d_bias = sums[:, 0], sums[:, 1]
+    else:
+        normal, d_scaled = through_activation(x, d_out)
+        # One reduction of two arrays: with two of them, XLA writes d_scaled, and reads it for each.
+        zero = jnp.zeros((), jnp.float32)
+        d_bias, d_scale = jax.lax.reduce(
+            (d_scaled, d_scaled * normal), (zero, zero), lambda a, b: (a[0] + b[0], a[1] + b[1]), OVER)
     if lean:
         x, d_out, d_bias, d_scale = jax.lax.optimization_barrier((x, d_out, d_bias, d_scale))
     normal, d_scaled = through_activation(x, d_out)
     count = x.size // (x.shape[0] * x.shape[-1])
     d_x = _wide(inverse * scale[None]) * (d_scaled - _wide(d_bias / count) - normal * _wide(d_scale / count))
-    return d_x.astype(x.dtype), d_scale.sum(0), d_bias.sum(0), jnp.zeros_like(mean[0])
+    none = None if factor is None else jnp.zeros_like(factor)
+    return d_x.astype(x.dtype), d_scale.sum(0), d_bias.sum(0), jnp.zeros_like(mean[0]), none
 
+
+def _sums_kernel(x_ref, d_out_ref, mean_ref, inverse_ref, scale_ref, bias_ref, sums_ref) -> None:
+    rows = Rows(x_ref.shape, part=pl.program_id(0))
+    mean, inverse, scale, bias = (rows.vector(ref) for ref in (mean_ref, inverse_ref, scale_ref, bias_ref))
+
+    def tile(place):
+        normal = (rows.load(x_ref, place) - mean) * inverse
+        d_scaled = rows.load(d_out_ref, place) * gelu.slope(normal * scale + bias, x_ref.dtype)
+        return d_scaled * normal, d_scaled
+
+    rows.add_up(tile, sums_ref, pl.program_id(1), sums_ref.shape[1])
+
+
+def sums(
+    x: Float[Array, "g r c"], d_out: Float[Array, "g r c"], mean: Float[Array, "g c"], inverse: Float[Array, "g c"],
+    scale: Float[Array, "g c"], bias: Float[Array, "g c"],
+) -> Float[Array, "g 2 c"]:
+    """The kernel on one device: gradients of scale and bias of each group, from that of GELU's output."""
+    programs = min(max(1, PROGRAMS // len(x)), Rows(x.shape).tiles)
+    partial = (len(x), programs, 2, x.shape[2]), jnp.float32
+    return call(_sums_kernel, "batch_norm_sums", (x, d_out, mean, inverse, scale, bias), [partial],
+                grid=(len(x), programs), warps=4)[0].sum(1)
+
+
+_sums = over_batch(sums, "g r c, g r c, g c, g c, g c, g c -> g two c", split=("g", "r"))
 
 batch_norm.defvjp(_forward, _backward)

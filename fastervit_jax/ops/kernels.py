@@ -76,35 +76,77 @@ def call(
     )(*inputs)
 
 
-def over_batch(function: Callable, axes: str, static: int = 0) -> Callable:
+class Rows:
+    """The rows of an array (r, c), or of one part of an array (parts, r, c), a tile at a time; float32 in a program."""
+
+    TILE = 4096
+    """Values that a program holds at a time, of several rows where they are short."""
+
+    def __init__(self, shape: tuple[int, ...], part: Any = None):
+        *_, self.count, self.channels = shape
+        self.columns = padded(self.channels)
+        self.rows = max(1, self.TILE // self.columns)
+        self.tiles = pl.cdiv(self.count, self.rows)
+        self.column = jnp.arange(self.columns) < self.channels
+        self.part = () if part is None else (part,)
+
+    def place(self, ref: Any, tile: Any) -> tuple:
+        first = tile * self.rows
+        there = (first + jnp.arange(self.rows) < self.count)[:, None] & self.column[None, :]
+        return ref.at[(*self.part, pl.ds(first, self.rows), pl.ds(0, self.columns))], there
+
+    def load(self, ref: Any, tile: Any) -> Array:
+        where, there = self.place(ref, tile)
+        return plgpu.load(where, mask=there, other=0.0).astype(jnp.float32)
+
+    def store(self, ref: Any, tile: Any, value: Array) -> None:
+        where, there = self.place(ref, tile)
+        plgpu.store(where, value.astype(ref.dtype), mask=there)
+
+    def vector(self, ref: Any) -> Array:
+        place = ref.at[(*self.part, pl.ds(0, self.columns))]
+        return plgpu.load(place, mask=self.column, other=0.0)[None, :]
+
+    def add_up(self, tile: Callable[[Any], tuple[Array, ...]], ref: Any, program: Any, programs: int) -> None:
+        """Adds up what `tile` gives for each of a program's tiles, over their rows, into ref[part, program]."""
+        tiles = pl.cdiv(self.tiles, programs)
+        add = lambda i, sums: tuple(map(jnp.add, sums, tile(program * tiles + i)))  # noqa: E731
+        zeros = jnp.zeros((self.rows, self.columns), jnp.float32)
+        for i, sums in enumerate(jax.lax.fori_loop(0, tiles, add, (zeros,) * ref.shape[-2])):
+            place = ref.at[(*self.part, program, jnp.int32(i), pl.ds(0, self.columns))]
+            plgpu.store(place, sums.sum(axis=0), mask=self.column)
+
+
+def over_batch(function: Callable, axes: str, static: int = 0, split: tuple[str, ...] = ("b",)) -> Callable:
     """`function`, which is for one device, for arrays that lie on several: each computes its part of the batch.
 
-    `axes` names those of the arguments and results, as in "b t c, c -> b t c, c". The batch is "b", and stands first:
-    it is split as the first argument's is. All else is whole on each device, and results without a batch are added up.
-    `static` arguments that are no arrays follow the arrays.
+    `axes` names those of the arguments and results, as in "b t c, c, c d -> b t d, c". The batch is "b", or whatever
+    axes are `split`: they lie as those of the first argument do. All else is whole on each device, and what results do
+    not have of the axes that are split is added up. `static` arguments that are no arrays follow the arrays.
     """
     arguments, results = ([array.split() for array in side.split(", ")] for side in axes.split(" -> "))
 
     def partition(*args: Any) -> tuple:
         fixed, (mesh, shapes, _) = args[:static], args[static:]
-        devices = shapes[0].sharding.spec[0]
+        devices = {name: on for name, on in zip(arguments[0], shapes[0].sharding.spec, strict=False) if name in split}
 
         def lying(arrays: list[list[str]]) -> tuple[NamedSharding, ...]:
-            return tuple(
-                NamedSharding(mesh, PartitionSpec(devices if array[0] == "b" else None)) for array in arrays)
+            return tuple(NamedSharding(mesh, PartitionSpec(*map(devices.get, array))) for array in arrays)
 
         def lower(*arrays: Array) -> Any:
             found = function(*arrays, *fixed)
-            if len(results) == 1:
-                return found
-            return tuple(x if array[0] == "b" or devices is None else jax.lax.psum(x, devices)
-                         for x, array in zip(found, results, strict=True))
+            whole = []
+            for x, array in zip(found if len(results) > 1 else (found,), results, strict=True):
+                for name, on in devices.items():
+                    x = x if on is None or name in array else jax.lax.psum(x, on)
+                whole.append(x)
+            return tuple(whole) if len(results) > 1 else whole[0]
 
         out = lying(results)
         return mesh, lower, out if len(out) > 1 else out[0], lying(arguments)
 
     # In the order they come in, which Shardy asks for.
-    others = tuple(dict.fromkeys(name for array in arguments + results for name in array if name != "b"))
+    others = tuple(dict.fromkeys(name for array in arguments + results for name in array if name not in split))
     partitioned = custom_partitioning(function, static_argnums=tuple(range(len(arguments), len(arguments) + static)))
     partitioned.def_partition(partition, sharding_rule=axes, need_replication_factors=others)
     return partitioned

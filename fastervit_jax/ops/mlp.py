@@ -1,7 +1,7 @@
-"""A linear layer with GELU after it, and their gradients: an XLA form that runs anywhere, and kernels for GPUs.
+"""MLP: linear, GELU, linear. An XLA form that runs anywhere, and kernels for GPUs where they are the faster.
 
 Left to XLA, GELU is a pass over memory of its own, over the widest arrays of a block. In the kernels it is computed on
-the product's tiles while they are in registers; so is its slope, on the product that brings the gradient.
+the first product's tiles while they are in registers; so is its slope, on the product that brings the gradient.
 
 Axes: r rows (tokens of all images), i inputs, h hidden channels, o outputs.
 """
@@ -20,10 +20,13 @@ from fastervit_jax.ops.kernels import call, chosen, over_batch
 
 Weights = tuple[Float[Array, "i o"], Float[Array, "o"]]
 """The kernel and bias of a linear layer."""
+MOST_WIDTH = 512
+"""Inputs and outputs up to which "auto" takes the kernels. With more of them the products are most of the time, and
+cuBLAS with a pass of GELU after it is as fast (docs/performance.md)."""
 
 
 class Tile(NamedTuple):
-    """What a program computes, rows × columns, `depth` products at a time; how many warps do so."""
+    """What a program computes, rows × columns, `depth` products at a time, and with how many warps."""
 
     rows: int
     columns: int
@@ -32,15 +35,19 @@ class Tile(NamedTuple):
     stages: int
 
 
-def _tile(rows: int, columns: int) -> Tile:
-    """Large tiles where they keep a GPU busy."""
-    if pl.cdiv(rows, 128) * pl.cdiv(columns, 128) >= 128:
-        return Tile(128, 128, 64, 8, 3)
-    return Tile(64, 64, 64, 4, 4) if rows > 32 else Tile(32, 64, 64, 4, 4)
+SMALL, LARGE = Tile(64, 128, 32, warps=4, stages=4), Tile(128, 128, 64, warps=8, stages=3)
+"""The faster of eleven, of widths up to 384 or few rows, and else."""
+
+
+def linear(x: Float[Array, "*b i"], weights: Weights) -> Float[Array, "*b o"]:
+    """x · kernel + bias, in x's dtype."""
+    kernel, bias = (w.astype(x.dtype) for w in weights)
+    return x @ kernel + bias.reshape((1,) * (x.ndim - 1) + (-1,))
 
 
 def mlp(
-    x: Float[Array, "*b i"], hidden: Weights, out: Weights, *, drop: Callable[[Array], Array] | None = None,
+    x: Float[Array, "*b i"], hidden: tuple[Float[Array, "i h"], Float[Array, "h"]],
+    out: tuple[Float[Array, "h o"], Float[Array, "o"]], *, drop: Callable[[Array], Array] | None = None,
     kernels: str = "auto",
 ) -> Float[Array, "*b o"]:
     """GELU(x · kernel + bias) · kernel + bias, in x's dtype; `hidden` and `out` are the two layers' kernel and bias.
@@ -49,14 +56,13 @@ def mlp(
         drop: Applied to what GELU gives and to the result (dropout in training); only XLA's form does that.
         kernels: One of `ops.kernels.KERNELS`. Raises ValueError for "pallas" with `drop`.
     """
+    width = max(x.shape[-1], out[0].shape[-1])
+    if not chosen(kernels, x.dtype, "dropout" if drop else "") or (kernels == "auto" and width > MOST_WIDTH):
+        x = gelu.gelu(linear(x, hidden))
+        return drop(linear(drop(x), out)) if drop else linear(x, out)
     (first, first_bias), (second, second_bias) = ([w.astype(x.dtype) for w in weights] for weights in (hidden, out))
-    if chosen(kernels, x.dtype, "dropout" if drop else ""):
-        y = _mlp(x.reshape(-1, x.shape[-1]), first, first_bias, second).reshape(*x.shape[:-1], -1)
-    else:
-        y = gelu.gelu(x @ first + first_bias.reshape((1,) * (x.ndim - 1) + (-1,)))
-        y = (drop(y) if drop else y) @ second
-    y = y + second_bias.reshape((1,) * (x.ndim - 1) + (-1,))
-    return drop(y) if drop else y
+    y = _mlp(x.reshape(-1, x.shape[-1]), first, first_bias, second).reshape(*x.shape[:-1], -1)
+    return y + second_bias.reshape((1,) * (x.ndim - 1) + (-1,))
 
 
 class _Product:
@@ -106,11 +112,9 @@ class _Product:
             0, pl.cdiv(depth, tile.depth), add, jnp.zeros((tile.rows, tile.columns), jnp.float32))
 
 
-def _forward_kernel(x_ref, kernel_ref, bias_ref, out_ref, *kept_ref, tile: Tile) -> None:
+def _forward_kernel(x_ref, kernel_ref, bias_ref, out_ref, *, tile: Tile) -> None:
     product = _Product(*out_ref.shape, tile)
     hidden = product.product(x_ref, kernel_ref, transposed=False) + product.vector(bias_ref)
-    for ref in kept_ref:
-        product.store(ref, hidden)
     product.store(out_ref, gelu.value(hidden, out_ref.dtype))
 
 
@@ -123,45 +127,47 @@ def _backward_kernel(d_out_ref, kernel_ref, hidden_ref, d_hidden_ref, d_bias_ref
     plgpu.store(place, d_hidden.sum(axis=0), mask=product.columns)
 
 
-def _call(kernel, name: str, inputs: tuple, outputs: list, tile: Tile) -> tuple[Array, ...]:
-    rows, columns = outputs[0][0]
-    grid = pl.cdiv(columns, tile.columns), pl.cdiv(rows, tile.rows)
-    return tuple(call(kernel, name, inputs, outputs, grid=grid, warps=tile.warps, stages=tile.stages, tile=tile))
+def _grid(rows: int, columns: int, tile: Tile) -> tuple[int, int]:
+    """Tiles of the same rows run side by side: they share cache lines."""
+    return pl.cdiv(columns, tile.columns), pl.cdiv(rows, tile.rows)
 
 
-def linear_gelu(
-    x: Float[Array, "r i"], kernel: Float[Array, "i h"], bias: Float[Array, "h"], keep: bool
-) -> tuple[Float[Array, "r h"], ...]:
-    """The kernel on one device: GELU(x · kernel + bias), and with `keep` what GELU is of."""
-    output = (len(x), kernel.shape[1]), x.dtype
-    return _call(_forward_kernel, "linear_gelu", (x, kernel, bias), [output] * (1 + keep), _tile(*output[0]))
+def forward(
+    x: Float[Array, "r i"], kernel: Float[Array, "i h"], bias: Float[Array, "h"]
+) -> Float[Array, "r h"]:
+    """The kernel on one device: GELU(x · kernel + bias)."""
+    shape = len(x), kernel.shape[1]
+    tile = LARGE if x.shape[1] > 384 and len(x) > 4096 else SMALL
+    return call(_forward_kernel, "linear_gelu", (x, kernel, bias), [(shape, x.dtype)], grid=_grid(*shape, tile),
+                warps=tile.warps, stages=tile.stages, tile=tile)[0]
 
 
-def linear_gelu_backward(
+def backward(
     d_out: Float[Array, "r o"], kernel: Float[Array, "h o"], hidden: Float[Array, "r h"]
 ) -> tuple[Float[Array, "r h"], Float[Array, "h"]]:
     """The kernel on one device: gradients of `hidden` and of the bias in it, for GELU(hidden) · kernel."""
-    tile = _tile(*hidden.shape)
-    sums = (pl.cdiv(len(hidden), tile.rows), hidden.shape[1]), jnp.float32
-    d_hidden, d_bias = _call(
-        _backward_kernel, "linear_gelu_backward", (d_out, kernel, hidden), [(hidden.shape, hidden.dtype), sums], tile)
+    tile, grid = SMALL, _grid(*hidden.shape, SMALL)
+    d_hidden, d_bias = call(
+        _backward_kernel, "linear_gelu_backward", (d_out, kernel, hidden),
+        [(hidden.shape, hidden.dtype), ((grid[1], hidden.shape[1]), jnp.float32)], grid=grid, warps=tile.warps,
+        stages=tile.stages, tile=tile)
     return d_hidden, d_bias.sum(0)
 
 
-_value = over_batch(lambda x, kernel, bias: linear_gelu(x, kernel, bias, False)[0], "b i, i h, h -> b h")
-_forward = over_batch(lambda x, kernel, bias: linear_gelu(x, kernel, bias, True), "b i, i h, h -> b h, b h")
-_backward = over_batch(linear_gelu_backward, "b o, h o, b h -> b h, h")
+_forward = over_batch(forward, "b i, i h, h -> b h")
+_backward = over_batch(backward, "b o, h o, b h -> b h, h")
 
 
 @jax.custom_vjp
 def _mlp(
     x: Float[Array, "r i"], first: Float[Array, "i h"], bias: Float[Array, "h"], second: Float[Array, "h o"]
 ) -> Float[Array, "r o"]:
-    return _value(x, first, bias) @ second
+    return _forward(x, first, bias) @ second
 
 
 def _mlp_forward(x, first, bias, second):
-    out, hidden = _forward(x, first, bias)
+    hidden = linear(x, (first, bias))  # the gradient needs it: writing it as well, the kernel would be no faster
+    out = gelu.gelu(hidden)
     return out @ second, (x, first, bias, second, out, hidden)
 
 

@@ -1,0 +1,91 @@
+"""The MLP, by XLA and by the kernels in interpret mode, against float64 NumPy."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy.special import erf
+
+from fastervit_jax.ops.mlp import mlp
+from tests.ops.sharded import on_eight_devices
+
+SHAPES = [(150, 40, 100, 24), (3, 7, 16, 8), (20, 784, 196, 64), (70, 32, 256, 32)]
+"""Rows, inputs, hidden channels, outputs: more and less than tiles of 64 or 128 × 128, by 32 or 64."""
+
+
+def inputs(key, shape, dtype="float32"):
+    rows, width, hidden, out = shape
+    keys = jax.random.split(key, 6)
+    shapes = (rows, width), (width, hidden), (hidden,), (hidden, out), (out,), (rows, out)
+    factors = 1, width**-0.5, 1, hidden**-0.5, 1, 1
+    return [(factor * jax.random.normal(*each)).astype(dtype)
+            for factor, *each in zip(factors, keys, shapes, strict=True)]
+
+
+def exact(x, first, first_bias, second, second_bias, direction):
+    """The result, and the gradients of (result · direction).sum() for all but the direction."""
+    x, first, first_bias, second, second_bias, direction = (
+        np.asarray(a, np.float64) for a in (x, first, first_bias, second, second_bias, direction))
+    hidden = x @ first + first_bias
+    normal = 0.5 * (1 + erf(hidden / math.sqrt(2)))
+    slope = normal + hidden * np.exp(-hidden * hidden / 2) / math.sqrt(2 * math.pi)
+    d_hidden = (direction @ second.T) * slope
+    return (hidden * normal @ second + second_bias, d_hidden @ first.T, x.T @ d_hidden, d_hidden.sum(0),
+            (hidden * normal).T @ direction, direction.sum(0))
+
+
+@functools.partial(jax.jit, static_argnames=("kernels", "drop"))
+def ours(x, first, first_bias, second, second_bias, direction, kernels, drop=None):
+    def function(x, first, first_bias, second, second_bias):
+        return mlp(x[None], (first, first_bias), (second, second_bias), drop=drop, kernels=kernels)[0]
+
+    inference = function(x, first, first_bias, second, second_bias)
+    out, gradients = jax.vjp(function, x, first, first_bias, second, second_bias)
+    return inference, out, *gradients(direction)
+
+
+def check(found, expected, tolerance):
+    for x, y in zip(found, (expected[0], *expected), strict=True):
+        assert np.linalg.norm(np.asarray(x, np.float64) - y) <= tolerance * np.linalg.norm(y)
+
+
+@pytest.mark.parametrize("kernels", ["xla", "pallas"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_values_and_gradients(key, shape, kernels):
+    arrays = inputs(key, shape)
+    check(ours(*arrays, kernels=kernels), exact(*arrays), 1e-6)
+
+
+@pytest.mark.parametrize("kernels", ["xla", "pallas"])
+def test_bfloat16(key, kernels):
+    arrays = inputs(key, SHAPES[0], "bfloat16")
+    found = ours(*arrays, kernels=kernels)
+    assert {x.dtype for x in found} == {jnp.dtype("bfloat16")}
+    check(found, exact(*arrays), 1e-2)
+
+
+def test_large_tiles(key):
+    """Of inputs that take them: more than 384 channels and 4,096 rows."""
+    x, first, bias, second, out_bias, _ = arrays = inputs(key, (4100, 400, 130, 8))
+    found = jax.jit(functools.partial(mlp, kernels="pallas"))(x, (first, bias), (second, out_bias))
+    expected = exact(*arrays)[0]
+    assert np.linalg.norm(found - expected) <= 1e-6 * np.linalg.norm(expected)
+
+
+def test_kernel_on_eight_devices(key):
+    arrays = inputs(key, (16, 40, 24, 40))
+    found = on_eight_devices(functools.partial(ours, kernels="pallas"), arrays, split=(True, *[False] * 4, True))
+    check(found, exact(*arrays), 1e-6)
+
+
+def test_dropout_is_applied_twice_and_has_no_kernel(key):
+    arrays = inputs(key, SHAPES[1])
+    half = functools.partial(jnp.multiply, 0.5)
+    x, first, bias, second, out_bias, _ = arrays
+    expected = exact(x, first, bias, 0.25 * second, 0.5 * out_bias, arrays[-1])[0]
+    np.testing.assert_allclose(ours(*arrays, kernels="xla", drop=half)[0], expected, rtol=1e-5)
+    with pytest.raises(ValueError, match="there is none for dropout; use 'auto' or 'xla'"):
+        ours(*arrays, kernels="pallas", drop=half)
