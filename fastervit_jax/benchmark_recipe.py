@@ -197,17 +197,18 @@ def logging_costs(
                 pass
             meter.stepped(found)
             in_flight.append(found)
-            if step % every == 0:
-                figures = jax.device_get(in_flight)
-                in_flight.clear()
+            if step > every and step % every == AHEAD:
+                figures = jax.device_get(in_flight[:every])
+                del in_flight[:every]
                 writer.write(step, "train", {name: float(sum(x[name] for x in figures)) for name in figures[0]})
-                writer.write_speed(step, meter.figures(step))
+                writer.write_speed(step, meter.figures(step - AHEAD))
 
         costs = []
         for _ in range(repeat):
-            state, without, _ = timed(state, 2 * every)
+            state, without, _ = timed(state, 2 * every + AHEAD)
+            in_flight.clear()
             meter.start(0)
-            state, with_logs, _ = timed(state, 2 * every, log=log)
+            state, with_logs, _ = timed(state, 2 * every + AHEAD, log=log)
             costs.append(with_logs / without - 1)
     return state, statistics.median(costs)
 

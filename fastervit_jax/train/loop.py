@@ -1,5 +1,6 @@
 """The training loop. One function, read from top to bottom; the same on one device and on many."""
 
+import collections
 import contextlib
 import pathlib
 import sys
@@ -116,26 +117,32 @@ def train(config: ConfigDict, workdir: pathlib.Path, devices: list[jax.Device] |
             watchdog.alive()
             stop.check()
 
-        def catch_up() -> None:
-            figures.extend(_fetch(in_flight))
-            in_flight.clear()
-            if figures and figures[-1]["bad_steps_in_row"] >= config.max_bad_steps:
+        def catch_up(last: int) -> None:
+            """Take in the figures of the steps up to `last`, and write the lines that are due."""
+            ready = [step for step in in_flight if step[0] <= last]
+            del in_flight[:len(ready)]
+            figures.extend(_fetch(ready))
+            if figures and figures[-1][0]["bad_steps_in_row"] >= config.max_bad_steps:
                 raise TrainingError(config.max_bad_steps, int(state.step))
+            while due and due[0] <= last:
+                log(due.popleft())
 
         def extra() -> dict[str, Any]:
-            return {"figures": list(figures), "bad_records": list(bad_records), "to_evaluate": to_evaluate}
+            return {"figures": [step for step, _ in figures], "bad_records": _unreadable(figures),
+                    "to_evaluate": to_evaluate}
 
         def log(step: int) -> None:
-            nonlocal figures, bad_records, logged
-            summary = {"epoch": step / steps_per_epoch, **_summary(figures)}
-            speeds = meter.figures(step)
+            nonlocal logged
+            done, figures[:] = figures[:step - logged], figures[step - logged:]
+            summary = {"epoch": step / steps_per_epoch, **_summary([step for step, _ in done])}
+            speeds, bad_records = meter.figures(step), _unreadable(done)
             writer.write(step, "train", summary | ({"bad_records": bad_records} if bad_records else {}))
             writer.write_speed(step, speeds)
             if summary["bad_steps"]:
-                say(f"step {step:6,}: {summary['bad_steps']:.0f} of the last {len(figures)} updates skipped, "
+                say(f"step {step:6,}: {summary['bad_steps']:.0f} of the last {len(done)} updates skipped, "
                     "loss or gradient was not finite")
             bar.set_postfix_str(_postfix(summary, speeds), refresh=False)
-            figures, bad_records, logged = [], [], step
+            logged = step
 
         def evaluated(step: int, *, write: bool) -> dict[str, Any]:
             for name, variables in (("eval", state.variables), ("eval_ema", state.ema)):
@@ -151,14 +158,15 @@ def train(config: ConfigDict, workdir: pathlib.Path, devices: list[jax.Device] |
                 writer.write(step, name, results.pop(name))
             return result
 
-        figures, bad_records = left.get("figures", []), left.get("bad_records", [])
+        # Of each step since the last line: figures, and images that could not be read (restored, all at the first).
+        figures = [(step, [] if i else left["bad_records"]) for i, step in enumerate(left.get("figures", []))]
         to_evaluate = left.get("to_evaluate", False)
         profiling = False
         stack.callback(lambda: jax.profiler.stop_trace() if profiling else None)
         if 0 < profile_first <= first_step or profile_first > total_steps:
             say(f"config.profile={config.profile}: no profile, for steps {first_step + 1:,} to {total_steps:,} "
                 "are left")
-        in_flight, results, logged = [], {}, first_step - len(figures)
+        in_flight, due, results, logged = [], collections.deque(), {}, first_step - len(figures)
         try:
             if to_evaluate:
                 result = evaluated(first_step, write=True)
@@ -177,10 +185,9 @@ def train(config: ConfigDict, workdir: pathlib.Path, devices: list[jax.Device] |
                     profiling = True
                 state, new = train_step(state, batch)
                 meter.stepped(new)
-                in_flight.append(new)
-                bad_records += unreadable
+                in_flight.append((step, new, unreadable))
                 if len(in_flight) > AHEAD:
-                    jax.block_until_ready(in_flight[-1 - AHEAD])
+                    jax.block_until_ready(in_flight[-1 - AHEAD][1])
                 if step == first_step + 1:
                     meter.start(step)  # the compilation does not count in images/s and time left
                     bar.unpause()
@@ -191,16 +198,17 @@ def train(config: ConfigDict, workdir: pathlib.Path, devices: list[jax.Device] |
                     profiling = False
                 bar.update(config.batch_size)
                 if step % config.log_every_steps == 0 or last:
-                    catch_up()
-                    log(step)
+                    due.append(step)
+                if due and due[0] <= step - AHEAD:  # that step is done: writing its line, the devices have work
+                    catch_up(step - AHEAD)
                 if step % eval_every == 0 or last:
-                    catch_up()
+                    catch_up(step)
                     to_evaluate = True
                     result = evaluated(step, write=True)
                     to_evaluate, acc1 = False, result["acc1"]
                 best = config.keep_best and checkpoints.is_best(acc1)
                 if step % save_every == 0 or last or best:
-                    catch_up()
+                    catch_up(step)
                     with meter.apart():
                         if best:
                             _export(model, state, workdir, config, say)
@@ -210,10 +218,11 @@ def train(config: ConfigDict, workdir: pathlib.Path, devices: list[jax.Device] |
         except (processes.Stopped, TrainingError) as error:
             step = int(state.step)
             figures = (figures + _fetch(in_flight))[:step - logged]
+            for line in due:
+                if line <= step:
+                    log(line)
             if isinstance(error, TrainingError):  # raised before what is due after this step
                 to_evaluate = step % eval_every == 0 or step == total_steps
-                if step % config.log_every_steps == 0 or step == total_steps:
-                    log(step)
             watchdog.alive()
             checkpoints.save(state, step, wait=True, extra=extra())
             say(f"saved after step {step:,} in {workdir}; the same command goes on from there")
@@ -222,8 +231,15 @@ def train(config: ConfigDict, workdir: pathlib.Path, devices: list[jax.Device] |
     return result
 
 
-def _fetch(in_flight: list[dict[str, jax.Array]]) -> list[dict[str, float]]:
-    return [{name: float(x) for name, x in step.items()} for step in jax.device_get(in_flight)]
+def _fetch(in_flight: list[tuple[int, dict[str, jax.Array], list[str]]]) -> list[tuple[dict[str, float], list[str]]]:
+    """Figures and unreadable images of each step."""
+    fetched = jax.device_get([step for _, step, _ in in_flight])
+    return [({name: float(x) for name, x in step.items()}, unreadable)
+            for step, (_, _, unreadable) in zip(fetched, in_flight, strict=True)]
+
+
+def _unreadable(figures: list[tuple[dict[str, float], list[str]]]) -> list[str]:
+    return [name for _, names in figures for name in names]
 
 
 def _summary(figures: list[dict[str, float]]) -> dict[str, float]:

@@ -3,6 +3,7 @@
 Every figure comes from clocks on the host and from shapes; nothing is copied from a device.
 """
 
+import collections
 import contextlib
 import dataclasses
 import math
@@ -141,26 +142,33 @@ class Meter(contextlib.AbstractContextManager):
         self._local = [device for device in devices if device.process_index == jax.process_index()]
         self._asked = self._given = 0.0
         self._under_way = queue.Queue()
+        self._finished = collections.deque()  # of each step since the last figures: when, and time without work so far
+        self._change = threading.Condition()
         threading.Thread(target=self._watch, daemon=True, name="speed").start()
         self.start(first_step)
 
     def _watch(self) -> None:
-        finished = -math.inf
+        finished, starved = -math.inf, 0.0
         while (step := self._under_way.get()) is not None:
             asked, given, results = step
             # Before `finished` the devices had work; the host's wait did not hold them up.
-            self._starved += max(0.0, given - max(asked, finished))
+            starved += max(0.0, given - max(asked, finished))
             # A failed step raises where the loop reads its results.
             with contextlib.suppress(Exception):
                 jax.block_until_ready(results)
             finished = self._clock()
+            with self._change:
+                self._finished.append((finished, starved))
+                self._change.notify()
             self._under_way.task_done()
 
     def start(self, step: int) -> None:
         """Measure from here on, once the steps so far are done: the compilation in the first one does not count."""
         self._under_way.join()
+        self._starved = self._finished[-1][1] if self._finished else 0.0
+        self._finished.clear()
         self._started_at = self._step = step
-        self._starved = self._apart = self._all_apart = 0.0
+        self._apart = self._all_apart = 0.0
         self._since = self._clock()
 
     @contextlib.contextmanager
@@ -185,7 +193,7 @@ class Meter(contextlib.AbstractContextManager):
             self._apart += self._clock() - start
 
     def figures(self, step: int) -> dict[str, float]:
-        """Of the steps since the last call, `step` being the last one; waits until they are done.
+        """Of the steps since the last call, `step` being the last one; waits until they are done, not for later ones.
 
         images_per_second and step_ms, without what was `apart`; mfu, the part of the devices' bfloat16 peak that the
         model's products make up; input_wait, the part of the time in which the devices were idle because the
@@ -193,20 +201,21 @@ class Meter(contextlib.AbstractContextManager):
         seconds_left, at this speed and with as much time `apart` a step as so far. Those that are not known are not
         there: all but memory_gib if no step was made.
         """
-        self._under_way.join()
-        now, steps = self._clock(), step - self._step
-        figures = {}
+        steps, figures = step - self._step, {}
         if steps:
+            with self._change:
+                self._change.wait_for(lambda: len(self._finished) >= steps)
+                now, starved = [self._finished.popleft() for _ in range(steps)][-1]
             self._all_apart += self._apart
             seconds = now - self._since - self._apart
             rate = steps * self._batch_size / seconds
             figures |= {"images_per_second": rate, "step_ms": 1e3 * seconds / steps}
             if self._images_at_peak:
                 figures["mfu"] = rate / self._images_at_peak
-            figures["input_wait"] = self._starved / seconds
+            figures["input_wait"] = (starved - self._starved) / seconds
             apart = self._all_apart / (step - self._started_at)
             figures["seconds_left"] = (self._total_steps - step) * (seconds / steps + apart)
-            self._since, self._step, self._starved, self._apart = now, step, 0.0, 0.0
+            self._since, self._step, self._starved, self._apart = now, step, starved, 0.0
         if used := [stats["peak_bytes_in_use"] for device in self._local
                     if "peak_bytes_in_use" in (stats := device.memory_stats() or {})]:
             figures["memory_gib"] = max(used) / 2**30

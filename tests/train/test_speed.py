@@ -130,6 +130,19 @@ def test_apart_and_figures_wait_for_steps_under_way():
         timer.join()
 
 
+def test_figures_do_not_wait_for_later_steps():
+    clock, meter = make([device()])
+    with meter:
+        step(meter, clock, asked=0.0, given=1.0, finished=3.0)
+        later = Results(clock)
+        meter.stepped(later)
+        assert meter.figures(1) == {
+            "images_per_second": 8 / 3, "step_ms": 3000.0, "input_wait": 1 / 3, "seconds_left": 99 * 3.0}
+        later.finish(at=5.0)
+        assert meter.figures(2) == {
+            "images_per_second": 4.0, "step_ms": 2000.0, "input_wait": 0.0, "seconds_left": 98 * 2.0}
+
+
 def test_a_failed_step_is_left_to_the_loop():
     class Failed:
         def block_until_ready(self):
