@@ -24,7 +24,7 @@ from sklearn.datasets import load_sample_images
 
 from configs import imagenet
 from fastervit_jax.data import augment, loader, sources
-from fastervit_jax.train import losses, schedule, sharding
+from fastervit_jax.train import losses, processes, schedule, sharding
 from fastervit_jax.train.checkpoint import Checkpoints
 from fastervit_jax.train.loop import AHEAD
 from fastervit_jax.train.metrics import MetricWriter
@@ -216,7 +216,10 @@ def logging_costs(
 def benchmark_train(
     config: ConfigDict, counts: list[int], steps: int, repeat: int, save: bool, logs: bool = False
 ) -> None:
-    """The recipe's step on so many devices each, config.batch_size images a device; efficiency against the first."""
+    """The recipe's step on so many devices each, config.batch_size images a device; efficiency against the first.
+
+    On the devices of several processes, each calls it, and the first one tells.
+    """
     first = None
     for count in counts:
         with config.unlocked():
@@ -270,11 +273,13 @@ def benchmark_train(
                     checkpoints.save(state, 0, wait=True)  # compiles what takes the digests
                     state, with_save, held = timed(state, during=lambda state, to=checkpoints: to.save(state, 1))
                 more |= {"save_holds_host_ms": 1e3 * held, "save_costs_steps": (with_save - step) * steps / step}
-        memory = [device.memory_stats() or {} for device in mesh.devices.flat]
+        memory = [device.memory_stats() or {} for device in mesh.local_devices]
+        if jax.process_index():
+            continue
         tell(benchmark="train", variant=own.name.removeprefix("imagenet_"), device=mesh.devices.flat[0].device_kind,
-             devices=count, fsdp=mesh.shape["fsdp"], batch=own.batch_size, accumulate=own.accumulate,
-             compile_seconds=compile_seconds, step_ms=1e3 * step, lowest_ms=1e3 * min(seconds),
-             highest_ms=1e3 * max(seconds), images_per_second=rate, efficiency=rate / count / first,
+             processes=jax.process_count(), devices=count, fsdp=mesh.shape["fsdp"], batch=own.batch_size,
+             accumulate=own.accumulate, compile_seconds=compile_seconds, step_ms=1e3 * step,
+             lowest_ms=1e3 * min(seconds), highest_ms=1e3 * max(seconds), images_per_second=rate, efficiency=rate / count / first,
              peak_gib=max(x.get("peak_bytes_in_use", 0) for x in memory) / 2**30 or None,
              temporary_gib=compiled.memory_analysis().temp_size_in_bytes / 2**30, **more)
 
@@ -291,7 +296,11 @@ def main(what: str, arguments: list[str]) -> None:
     parser.add_argument("--repeat", type=int, default=3, help="rounds of data")
     parser.add_argument("--steps", type=int, default=180, help="of each measurement of input; the more workers, the "
                         "more batches are decoded ahead, which must be few beside these")
-    parser.add_argument("--devices", type=int, nargs="+", default=[1], help="of each measurement of train")
+    parser.add_argument("--devices", type=int, nargs="+", help="of each measurement of train; default 1, and of "
+                        "several processes all")
+    for name, kind, text in (("coordinator", str, "HOST:PORT of process 0, where train is to run in several"),
+                             ("processes", int, "how many"), ("process", int, "which of them this is, from 0")):
+        parser.add_argument(f"--{name}", type=kind, help=text)
     parser.add_argument("--save", action=argparse.BooleanOptionalAction, default=True, help="a checkpoint in train, "
                         "to see what it holds up; --no-save where the state is too large for the disk")
     parser.add_argument("--log", action="store_true", help="also what figures and logging cost in train")
@@ -304,7 +313,12 @@ def main(what: str, arguments: list[str]) -> None:
     config.update_from_flattened_dict({key: ast.literal_eval(value) for key, value in (x.split("=") for x in args.set)})
     if what == "train":
         config.batch_size = args.batch or 128
-        benchmark_train(config, args.devices, args.steps, args.repeat, args.save, args.log)
+        if args.processes and args.save:
+            parser.error("--processes: expected --no-save with it")
+        with processes.started(coordinator=args.coordinator, processes=args.processes, process=args.process,
+                               settings=str(config)):
+            counts = args.devices or [jax.device_count() if args.processes else 1]
+            benchmark_train(config, counts, args.steps, args.repeat, args.save, args.log)
         return
     with tempfile.TemporaryDirectory(prefix="fastervit_jax_benchmark_") as folder, config.unlocked():
         config.data.source, config.data.dir, config.data.workers = "folder", folder, workers[-1]
