@@ -279,7 +279,8 @@ def benchmark_train(
         tell(benchmark="train", variant=own.name.removeprefix("imagenet_"), device=mesh.devices.flat[0].device_kind,
              processes=jax.process_count(), devices=count, fsdp=mesh.shape["fsdp"], batch=own.batch_size,
              accumulate=own.accumulate, compile_seconds=compile_seconds, step_ms=1e3 * step,
-             lowest_ms=1e3 * min(seconds), highest_ms=1e3 * max(seconds), images_per_second=rate, efficiency=rate / count / first,
+             lowest_ms=1e3 * min(seconds), highest_ms=1e3 * max(seconds), images_per_second=rate,
+             efficiency=rate / count / first,
              peak_gib=max(x.get("peak_bytes_in_use", 0) for x in memory) / 2**30 or None,
              temporary_gib=compiled.memory_analysis().temp_size_in_bytes / 2**30, **more)
 
