@@ -114,7 +114,7 @@ def _sums_kernel(x_ref, d_out_ref, mean_ref, inverse_ref, scale_ref, bias_ref, s
 
     def tile(place):
         normal = (rows.load(x_ref, place) - mean) * inverse
-        d_scaled = rows.load(d_out_ref, place) * gelu.slope(normal * scale + bias, x_ref.dtype)
+        d_scaled = rows.load(d_out_ref, place) * gelu.slope(normal * scale + bias, x_ref.dtype, in_kernel=True)
         return d_scaled * normal, d_scaled
 
     rows.add_up(tile, sums_ref, pl.program_id(1), sums_ref.shape[1])

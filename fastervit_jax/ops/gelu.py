@@ -22,19 +22,36 @@ def erf_sqrt2(x: Float[Array, "*b"]) -> Float[Array, "*b"]:
     return jnp.clip(x * p, -1.0, 1.0)
 
 
+def erf_sqrt2_by_exp(x: Float[Array, "*b"]) -> Float[Array, "*b"]:
+    """erf(x / sqrt(2)) within 3e-7, for kernels of float32, which have no erf (Abramowitz and Stegun, 7.1.26)."""
+    z = math.sqrt(0.5) * jnp.abs(x)
+    t, p = 1 / (1 + 0.3275911 * z), 0.0
+    for coefficient in (1.061405429, -1.453152027, 1.421413741, -0.284496736, 0.254829592):
+        p = (p + coefficient) * t
+    return jnp.sign(x) * (1 - p * jnp.exp(-z * z))
+
+
 def is_16_bit(dtype: Any) -> bool:
     return jnp.dtype(dtype).itemsize == 2
 
 
-def value(x: Float[Array, "*b"], dtype: Any) -> Float[Array, "*b"]:
+def value(x: Float[Array, "*b"], dtype: Any, in_kernel: bool = False) -> Float[Array, "*b"]:
     """GELU of float32 numbers, as exact as results of `dtype` need, in float32."""
-    return 0.5 * x * (1 + erf_sqrt2(x)) if is_16_bit(dtype) else jax.nn.gelu(x, approximate=False)
+    if in_kernel or is_16_bit(dtype):
+        return 0.5 * x * (1 + _erf_sqrt2(x, dtype, in_kernel))
+    return jax.nn.gelu(x, approximate=False)
 
 
-def slope(x: Float[Array, "*b"], dtype: Any) -> Float[Array, "*b"]:
+def slope(x: Float[Array, "*b"], dtype: Any, in_kernel: bool = False) -> Float[Array, "*b"]:
     """The derivative of `value`."""
-    erf = erf_sqrt2(x) if is_16_bit(dtype) else jax.lax.erf(math.sqrt(0.5) * x)
-    return 0.5 * (1 + erf) + math.sqrt(0.5 / math.pi) * x * jnp.exp(-0.5 * x * x)
+    density = math.sqrt(0.5 / math.pi) * jnp.exp(-0.5 * x * x)
+    return 0.5 * (1 + _erf_sqrt2(x, dtype, in_kernel)) + x * density
+
+
+def _erf_sqrt2(x: Array, dtype: Any, in_kernel: bool) -> Array:
+    if is_16_bit(dtype):
+        return erf_sqrt2(x)
+    return erf_sqrt2_by_exp(x) if in_kernel else jax.lax.erf(math.sqrt(0.5) * x)
 
 
 def gelu(x: Float[Array, "*b"]) -> Float[Array, "*b"]:

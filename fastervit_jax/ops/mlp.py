@@ -115,12 +115,12 @@ class _Product:
 def _forward_kernel(x_ref, kernel_ref, bias_ref, out_ref, *, tile: Tile) -> None:
     product = _Product(*out_ref.shape, tile)
     hidden = product.product(x_ref, kernel_ref, transposed=False) + product.vector(bias_ref)
-    product.store(out_ref, gelu.value(hidden, out_ref.dtype))
+    product.store(out_ref, gelu.value(hidden, out_ref.dtype, in_kernel=True))
 
 
 def _backward_kernel(d_out_ref, kernel_ref, hidden_ref, d_hidden_ref, d_bias_ref, *, tile: Tile) -> None:
     product = _Product(*d_hidden_ref.shape, tile)
-    slope = gelu.slope(product.load(hidden_ref), hidden_ref.dtype)
+    slope = gelu.slope(product.load(hidden_ref), hidden_ref.dtype, in_kernel=True)
     d_hidden = product.product(d_out_ref, kernel_ref, transposed=True) * slope
     product.store(d_hidden_ref, d_hidden)
     place = d_bias_ref.at[pl.program_id(1), pl.ds(product.column, tile.columns)]

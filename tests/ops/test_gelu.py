@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from fastervit_jax.ops.gelu import gelu
+from fastervit_jax.ops.gelu import gelu, slope, value
 
 POINTS = jnp.concatenate([jnp.linspace(-12, 12, 100_001), jnp.array([-1e4, 1e4, 0.0])])
 
@@ -22,10 +22,15 @@ def exact(x):
     ("float32", 1e-6, 1e-6), ("bfloat16", 2.0**-8, 5e-5), ("float16", 2.0**-11, 5e-5)])
 def test_values_and_slopes(dtype, relative, absolute):
     x = POINTS.astype(dtype)
-    out, slope = gelu(x), jax.jit(jax.vmap(jax.grad(lambda x: gelu(x))))(x)
-    assert out.dtype == slope.dtype == jnp.dtype(dtype)
-    for found, expected in zip((out, slope), exact(x), strict=True):
+    out, gradient = gelu(x), jax.jit(jax.vmap(jax.grad(lambda x: gelu(x))))(x)
+    assert out.dtype == gradient.dtype == jnp.dtype(dtype)
+    for found, expected in zip((out, gradient), exact(x), strict=True):
         np.testing.assert_allclose(found.astype(jnp.float32), expected, rtol=relative, atol=absolute)
+
+
+def test_without_erf_as_in_kernels():
+    for function, expected in zip((value, slope), exact(POINTS), strict=True):
+        np.testing.assert_allclose(function(POINTS, "float32", in_kernel=True), expected, rtol=1e-6, atol=1e-6)
 
 
 def test_the_gradient_keeps_the_input_only():
