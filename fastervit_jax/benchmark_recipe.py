@@ -29,6 +29,7 @@ from fastervit_jax.train.checkpoint import Checkpoints
 from fastervit_jax.train.loop import AHEAD
 from fastervit_jax.train.metrics import MetricWriter
 from fastervit_jax.train.optimizer import make_optimizer
+from fastervit_jax.train.packing import Packing
 from fastervit_jax.train.speed import Meter
 from fastervit_jax.train.state import create_state, make_model
 from fastervit_jax.train.step import make_train_step
@@ -229,7 +230,9 @@ def benchmark_train(
         model, optimizer = make_model(own), make_optimizer(own)
         rates = schedule.make_schedule(own, steps_per_epoch=1000)
         state = create_state(model, optimizer, own, mesh)
-        train_step = make_train_step(model, optimizer, rates, own, mesh, total_steps=310_000)
+        packing = Packing(state)
+        train_step = make_train_step(model, optimizer, rates, own, mesh, 310_000, packing)
+        state = packing.pack(state)
         rng, size = np.random.default_rng(0), own.data.image_size
         batch = jax.device_put({
             "image": rng.integers(0, 256, (own.batch_size, size, size, own.model.in_chans), np.uint8),
@@ -270,8 +273,11 @@ def benchmark_train(
                 state, more["logging_costs"] = logging_costs(state, timed, own, mesh, pathlib.Path(folder), repeat)
             if save:
                 with Checkpoints(pathlib.Path(folder) / "saved", keep=1, keep_best=False, say=print) as checkpoints:
-                    checkpoints.save(state, 0, wait=True)  # compiles what takes the digests
-                    state, with_save, held = timed(state, during=lambda state, to=checkpoints: to.save(state, 1))
+                    def saves(state, step=1, wait=False, to=checkpoints, packing=packing):
+                        to.save(packing.unpack(state), step, wait=wait)
+
+                    saves(state, 0, wait=True)  # compiles what takes the digests
+                    state, with_save, held = timed(state, during=saves)
                 more |= {"save_holds_host_ms": 1e3 * held, "save_costs_steps": (with_save - step) * steps / step}
         memory = [device.memory_stats() or {} for device in mesh.local_devices]
         if jax.process_index():

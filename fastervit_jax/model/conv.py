@@ -123,9 +123,9 @@ class Stem(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "b h w i"], train: bool) -> Float[Array, "b (h+3)//4 (w+3)//4 c"]:
         x = Conv3x3(self.in_dim, self.dtype, stride=2, use_bias=False, kernels=self.kernels, name="conv1")(x)
-        x = BatchNorm(1e-4, self.dtype, self.bn_group_size, "relu", name="norm1")(x, train)
+        x = BatchNorm(1e-4, self.dtype, self.bn_group_size, "relu", kernels=self.kernels, name="norm1")(x, train)
         x = Conv3x3(self.dim, self.dtype, stride=2, use_bias=False, name="conv2")(x)
-        return BatchNorm(1e-4, self.dtype, self.bn_group_size, "relu", name="norm2")(x, train)
+        return BatchNorm(1e-4, self.dtype, self.bn_group_size, "relu", kernels=self.kernels, name="norm2")(x, train)
 
 
 class ConvBlock(nn.Module):
@@ -146,7 +146,8 @@ class ConvBlock(nn.Module):
         kept = None  # of each image: drop path's factor
         if train and self.drop_path_rate:
             kept = drop_path(self.drop_path_rate, 1, train, jnp.ones((len(x), 1)))[:, 0]
-        y = BatchNorm(1e-5, self.dtype, self.bn_group_size, channels=self.width, name="norm2")(y, train, kept)
+        y = BatchNorm(1e-5, self.dtype, self.bn_group_size, "none", self.width, self.kernels, name="norm2")(
+            y, train, kept)
         gamma = layer_scale(self, "gamma", self.layer_scale, self.width)
         return x + scaled(y, gamma if gamma is None else jnp.pad(gamma, (0, x.shape[-1] - self.width)))
 

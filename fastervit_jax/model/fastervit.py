@@ -79,7 +79,7 @@ class FasterViT(nn.Module):
         if c.layer_norm_last:
             self.norm = LayerNorm(1e-6, jnp.float32)
         else:
-            self.norm = BatchNorm(1e-5, jnp.float32, self.bn_group_size)
+            self.norm = BatchNorm(1e-5, jnp.float32, self.bn_group_size, kernels=self.kernels)
         if c.num_classes:
             self.head = dense(c.num_classes, dtype=jnp.float32)
 

@@ -19,6 +19,7 @@ from fastervit_jax.train import evaluate, metrics, processes, schedule, sharding
 from fastervit_jax.train.check import check, profiled_steps
 from fastervit_jax.train.checkpoint import Checkpoints
 from fastervit_jax.train.optimizer import make_optimizer
+from fastervit_jax.train.packing import Packing
 from fastervit_jax.train.state import TrainState, abstract_state, create_state, load_weights, make_model
 from fastervit_jax.train.step import make_train_step
 from fastervit_jax.weights import pretrained
@@ -73,14 +74,16 @@ def train(config: ConfigDict, workdir: pathlib.Path, devices: list[jax.Device] |
 
         model = make_model(config)
         optimizer, rates = make_optimizer(config), schedule.make_schedule(config, steps_per_epoch)
-        train_step = make_train_step(model, optimizer, rates, config, mesh, total_steps)
+        abstract = abstract_state(model, optimizer, config, mesh)
+        packing = Packing(abstract)
+        train_step = make_train_step(model, optimizer, rates, config, mesh, total_steps, packing)
         eval_step = evaluate.make_eval_step(model, config, mesh)
 
         checkpoints = stack.enter_context(
             Checkpoints(workdir, keep=config.keep_checkpoints, keep_best=config.keep_best, say=say))
         if checkpoints.latest is not None:
             metrics.check_config(workdir, config)  # first: another model's checkpoint would look damaged
-        restored = checkpoints.restore(abstract_state(model, optimizer, config, mesh))
+        restored = checkpoints.restore(abstract)
         if restored is not None:
             state, left = restored[0], restored[1]["extra"]  # figures since the last line, an evaluation half done
             state = state.replace(
@@ -123,7 +126,7 @@ def train(config: ConfigDict, workdir: pathlib.Path, devices: list[jax.Device] |
             del in_flight[:len(ready)]
             figures.extend(_fetch(ready))
             if figures and figures[-1][0]["bad_steps_in_row"] >= config.max_bad_steps:
-                raise TrainingError(config.max_bad_steps, int(state.step))
+                raise TrainingError(config.max_bad_steps, int(packing.unpack(packed).step))
             while due and due[0] <= last:
                 log(due.popleft())
 
@@ -144,7 +147,7 @@ def train(config: ConfigDict, workdir: pathlib.Path, devices: list[jax.Device] |
             bar.set_postfix_str(_postfix(summary, speeds), refresh=False)
             logged = step
 
-        def evaluated(step: int, *, write: bool) -> dict[str, Any]:
+        def evaluated(state: TrainState, step: int, *, write: bool) -> dict[str, Any]:
             for name, variables in (("eval", state.variables), ("eval_ema", state.ema)):
                 if variables is None:
                     continue
@@ -167,15 +170,17 @@ def train(config: ConfigDict, workdir: pathlib.Path, devices: list[jax.Device] |
             say(f"config.profile={config.profile}: no profile, for steps {first_step + 1:,} to {total_steps:,} "
                 "are left")
         in_flight, due, results, logged = [], collections.deque(), {}, first_step - len(figures)
+        packed = packing.pack(state)
         try:
             if to_evaluate:
-                result = evaluated(first_step, write=True)
+                result = evaluated(state, first_step, write=True)
                 to_evaluate = False
                 if config.keep_best and checkpoints.is_best(result["acc1"]):
                     _export(model, state, workdir, config, say)
                 checkpoints.evaluated(first_step, result["acc1"], extra())
             elif first_step == total_steps:
-                result = evaluated(first_step, write=False)
+                result = evaluated(state, first_step, write=False)
+            del state  # its memory is the first step's
             for step in range(first_step + 1, total_steps + 1):
                 going_on()
                 with meter.waiting():
@@ -183,7 +188,7 @@ def train(config: ConfigDict, workdir: pathlib.Path, devices: list[jax.Device] |
                 if step == profile_first:
                     jax.profiler.start_trace(workdir / "profile")
                     profiling = True
-                state, new = train_step(state, batch)
+                packed, new = train_step(packed, batch)
                 meter.stepped(new)
                 in_flight.append((step, new, unreadable))
                 if len(in_flight) > AHEAD:
@@ -204,18 +209,21 @@ def train(config: ConfigDict, workdir: pathlib.Path, devices: list[jax.Device] |
                 if step % eval_every == 0 or last:
                     catch_up(step)
                     to_evaluate = True
-                    result = evaluated(step, write=True)
+                    result = evaluated(packing.unpack(packed), step, write=True)
                     to_evaluate, acc1 = False, result["acc1"]
                 best = config.keep_best and checkpoints.is_best(acc1)
                 if step % save_every == 0 or last or best:
                     catch_up(step)
                     with meter.apart():
+                        state = packing.unpack(packed)
                         if best:
                             _export(model, state, workdir, config, say)
                         # After all its figures: a run that goes on from a checkpoint leaves no gap and no double.
                         checkpoints.save(state, step, acc1=acc1, wait=last, extra=extra())
+                        del state
                     watchdog.alive()
         except (processes.Stopped, TrainingError) as error:
+            state = packing.unpack(packed)
             step = int(state.step)
             figures = (figures + _fetch(in_flight))[:step - logged]
             for line in due:

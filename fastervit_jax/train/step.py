@@ -15,6 +15,7 @@ from fastervit_jax.model.fastervit import FasterViT
 from fastervit_jax.ops.kernels import compiler_options
 from fastervit_jax.train import losses
 from fastervit_jax.train.optimizer import global_norm
+from fastervit_jax.train.packing import Packed, Packing
 from fastervit_jax.train.sharding import over_batch, replicated, shardings
 from fastervit_jax.train.state import TrainState, abstract_state
 
@@ -29,8 +30,11 @@ def make_train_step(
     config: ConfigDict,
     mesh: jax.sharding.Mesh,
     total_steps: int,
-) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    packing: Packing | None = None,
+) -> Callable[[Any, Batch], tuple[Any, Metrics]]:
     """A jitted (state, batch) → (state, metrics); the given state's memory is reused.
+
+    With `packing`, states are as it packs them.
 
     The batch is split over the mesh; its loss, gradients and batch statistics are those of the whole
     batch, whatever the number of devices. With config.accumulate = n it is computed in n parts, of which part i has
@@ -127,9 +131,15 @@ def make_train_step(
         }
         return state, metrics
 
-    lying = jax.tree.map(lambda x: x.sharding, abstract_state(model, optimizer, config, mesh))
+    lying = packing.shardings if packing else jax.tree.map(
+        lambda x: x.sharding, abstract_state(model, optimizer, config, mesh))
+
+    def packed_step(packed: Packed | TrainState, batch: Batch) -> tuple[Packed | TrainState, Metrics]:
+        state, metrics = train_step(packing.split(packed), batch)
+        return packing.stack(state), metrics
+
     return jax.jit(
-        train_step,
+        packed_step if packing else train_step,
         in_shardings=(lying, over_batch(mesh)),
         out_shardings=(lying, replicated(mesh)),
         donate_argnums=0,
