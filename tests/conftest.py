@@ -3,11 +3,13 @@
 import os
 import tempfile
 
+from tests import QUICKLY
+
 # Before JAX starts. JAX_PLATFORMS=cuda runs the tests of the model on a GPU; those of training need 8 devices.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
 if os.environ["JAX_PLATFORMS"] == "cpu":
-    os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=1"  # compiles in two thirds of the time
+    os.environ["XLA_FLAGS"] += f" {QUICKLY}"
 # Several tests start the same run: one of them compiles. Each run of the tests has a new folder.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     COMPILED = tempfile.TemporaryDirectory(prefix="fastervit_jax_tests_")

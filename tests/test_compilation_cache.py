@@ -10,6 +10,7 @@ import jax
 import pytest
 
 from fastervit_jax import compilation_cache
+from tests import QUICKLY
 from tests.train import runs
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -94,8 +95,7 @@ def start(environment, *command):
     own = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
     process = subprocess.run(
         [sys.executable, *map(str, command)], cwd=ROOT, text=True, capture_output=True,
-        env={**own, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-             **environment})
+        env={**own, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": QUICKLY, **environment})
     assert process.returncode == 0, process.stderr[-4000:]
     return process
 

@@ -187,15 +187,6 @@ def test_arguments_and_changes_on_the_command_line(monkeypatch):
     assert config.model.layer_scale == VARIANTS["faster_vit_3_224"].config.layer_scale
 
 
-@pytest.fixture
-def compiled_in_haste():
-    """Half the time to compile, for a few slower steps."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
-@pytest.mark.usefixtures("compiled_in_haste")
 def test_smoke_trains_as_the_recipe_says(tmp_path):
     """Variant 4's: LAMB, averages, MESA from a quarter on, warm-up, cosine, cool-down; in six steps."""
     config = imagenet.get_config("faster_vit_4_224,smoke")

@@ -14,6 +14,7 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 import fastervit_jax as fv
+from tests import QUICKLY
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = {path.name: path for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
@@ -111,7 +112,7 @@ def environment(place):
     environment = {
         **os.environ, "JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(place / "cache"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "XLA_FLAGS": ""}
+        "XLA_FLAGS": QUICKLY}
     with tempfile.TemporaryDirectory() as folder:  # with a short name, as sockets need
         socket = f"{folder}/socket"
         server = subprocess.Popen([sys.executable, "-m", "tests.warm", socket], cwd=place, env=environment, text=True,

@@ -16,6 +16,7 @@ import jax
 import pytest
 
 from fastervit_jax import sweep, sweep_points, sweep_run
+from tests import QUICKLY
 
 SHIPPED = {"carrier_or_plain": 10, "depth_and_width": 18, "hat_by_stage": 8, "learning_rate_and_decay": 18,
            "long_range": 6, "propagation": 8, "window_and_carrier": 18}  # fmt: skip
@@ -419,7 +420,7 @@ def environment(cache):
     """One CPU device, and compilation in haste."""
     return {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(cache),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-            "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"}
+            "XLA_FLAGS": QUICKLY}
 
 
 def processes_of(workdir):

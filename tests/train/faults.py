@@ -27,6 +27,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
+from tests import QUICKLY
 from tests.train.damage import DAMAGES, damage
 from tests.train.test_processes import free_port
 
@@ -65,8 +66,7 @@ class Run:
         self.environment = {
             **os.environ, "JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1", "JAX_COMPILATION_CACHE_DIR": cache,
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-            # They compile faster. Each process has one device.
-            "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"}
+            "XLA_FLAGS": QUICKLY}  # each process has one device
 
     def start(self) -> None:
         self.starts += 1

@@ -20,6 +20,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from fastervit_jax.train import checkpoint, digest, sharding
 from fastervit_jax.train.checkpoint import CheckpointError, Checkpoints
+from tests import QUICKLY
 from tests.train.damage import make_state, same
 from tests.train.test_processes import free_port
 
@@ -571,7 +572,7 @@ SEVERAL = """
 
 def test_several_processes_decide_as_one(tmp_path):
     port = free_port()
-    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    environment = {**os.environ, "XLA_FLAGS": f"{QUICKLY} --xla_force_host_platform_device_count=2"}
     running = [subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(SEVERAL), str(port), str(process), tmp_path], cwd=ROOT, text=True,
         env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE) for process in (0, 1)]

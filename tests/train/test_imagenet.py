@@ -13,6 +13,7 @@ from PIL import Image
 
 from fastervit_jax.data import loader, randaugment, sources
 from fastervit_jax.train import loop, sharding
+from tests import QUICKLY
 from tests.data import images
 from tests.train import runs
 from tests.train.test_loop import ROOT
@@ -49,8 +50,7 @@ def test_it_goes_on_with_other_workers(whole, tmp_path, monkeypatch):
 
 
 def run(*arguments, fails=False):
-    quickly = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"  # compiled, for one device
-    environment = {**os.environ, "JAX_DEFAULT_MATMUL_PRECISION": "highest", "XLA_FLAGS": quickly}
+    environment = {**os.environ, "JAX_DEFAULT_MATMUL_PRECISION": "highest", "XLA_FLAGS": QUICKLY}
     process = subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment, text=True, capture_output=True)
     assert (process.returncode != 0) == fails, process.stderr
     return process.stderr if fails else process.stdout

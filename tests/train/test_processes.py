@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 
 from fastervit_jax.train import loop, processes
+from tests import QUICKLY
 from tests.train import runs
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -41,7 +42,7 @@ def launch():
         what = [code] if code.endswith(".py") else ["-c", textwrap.dedent(code)]
         started.append(subprocess.Popen(
             [sys.executable, *what, *map(str, args)], cwd=ROOT, text=True,
-            env={**own, "XLA_FLAGS": "", **{name: str(value) for name, value in environment.items()}},
+            env={**own, "XLA_FLAGS": QUICKLY, **{name: str(value) for name, value in environment.items()}},
             stdout=subprocess.PIPE, stderr=subprocess.PIPE))
         return started[-1]
 
@@ -284,9 +285,8 @@ def test_a_watchdog_that_is_over_does_nothing():
 def test_training_is_stopped_and_goes_on_with_any_number_of_processes(count, launch, tmp_path):
     def together() -> list[subprocess.Popen]:
         port = free_port()
-        quickly = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"  # compiled, that is
         return [launch("train.py", f"--coordinator=127.0.0.1:{port}", f"--processes={count}", f"--process={process}",
-                       f"--workdir={tmp_path / 'run'}", *runs.FLAGS, XLA_FLAGS=quickly) for process in range(count)]
+                       f"--workdir={tmp_path / 'run'}", *runs.FLAGS, XLA_FLAGS=QUICKLY) for process in range(count)]
 
     def ended(running: list[subprocess.Popen], code: int) -> list[str]:
         outputs = [process.communicate(timeout=600) for process in running]
