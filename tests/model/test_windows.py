@@ -74,6 +74,21 @@ def test_average_pool_overlaps():
     np.testing.assert_allclose(hat.average_pool(x, 7, 2)[0, :, :, 0], rows[:, None] + cols[None, :], rtol=1e-6)
 
 
+@pytest.mark.parametrize(("height", "width", "window", "carriers"), [(14, 21, 7, 2), (20, 35, 5, 3), (9, 9, 9, 1)])
+def test_gradient_of_average_pool_in_16_bits(key, height, width, window, carriers):
+    """It is computed in another way than JAX does, which is taken for float32."""
+    x = jax.random.normal(key, (2, height, width, 3)).astype(jnp.bfloat16)
+
+    def of(x):
+        out, gradient = jax.vjp(lambda x: hat.average_pool(x, window, carriers), x)
+        direction = jax.random.normal(key, out.shape).astype(jnp.bfloat16)
+        return out, *gradient(direction.astype(x.dtype))
+
+    for found, exact in zip(of(x), of(x.astype(jnp.float32)), strict=True):
+        assert found.dtype == jnp.bfloat16
+        np.testing.assert_allclose(found.astype(jnp.float32), exact, rtol=2.0**-8, atol=1e-6)
+
+
 def test_upsample_nearest():
     carriers = jnp.asarray([10.0, 11.0, 12.0, 13.0]).reshape(1, 1, 4, 1)
     expected = [10, 10, 11, 10, 10, 11, 12, 12, 13]
