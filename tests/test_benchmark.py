@@ -8,11 +8,13 @@ import sys
 
 import pytest
 
+from tests import QUICKLY
+
 ROOT = pathlib.Path(__file__).parents[1]
 
 
 def figures(*arguments, devices=1):
-    environment = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    environment = {**os.environ, "XLA_FLAGS": f"{QUICKLY} --xla_force_host_platform_device_count={devices}"}
     process = subprocess.run([sys.executable, "-m", "fastervit_jax.benchmark", *arguments], cwd=ROOT, env=environment,
                              text=True, capture_output=True)
     assert process.returncode == 0, process.stderr
