@@ -129,7 +129,9 @@ def benchmark_input(source: Any, config: ConfigDict, steps: int) -> None:
     model = make_model(config)
     optimizer, rates = make_optimizer(config), schedule.make_schedule(config, steps_per_epoch=1000)
     state = create_state(model, optimizer, config, mesh)
-    train_step = make_train_step(model, optimizer, rates, config, mesh, total_steps=310_000)
+    packing = Packing(state)
+    train_step = make_train_step(model, optimizer, rates, config, mesh, 310_000, packing)
+    state = packing.pack(state)
 
     @jax.jit
     def augmented(key, batch):
@@ -185,10 +187,12 @@ def benchmark_input(source: Any, config: ConfigDict, steps: int) -> None:
 
 def logging_costs(
     state: Any, timed: Callable, config: ConfigDict, mesh: Any, folder: pathlib.Path, repeat: int
-) -> tuple[Any, float]:
+) -> tuple[Any, list[float]]:
     """The state after it, and the part of a step that training's figures and logging take: with them and without, in
-    turns, over twice config.log_every_steps steps."""
+    turns, over twice config.log_every_steps steps; its median, lowest and highest."""
     every = config.log_every_steps
+    if every <= AHEAD:
+        raise ValueError(f"config.log_every_steps={every}: expected more than {AHEAD}, to tell lines apart")
     with MetricWriter(folder, 0) as writer, Meter(
             1.0, config.batch_size, mesh.devices.flat, 0, 10**6) as meter:
         in_flight = []
@@ -211,7 +215,7 @@ def logging_costs(
             meter.start(0)
             state, with_logs, _ = timed(state, 2 * every + AHEAD, log=log)
             costs.append(with_logs / without - 1)
-    return state, statistics.median(costs)
+    return state, [statistics.median(costs), min(costs), max(costs)]
 
 
 def benchmark_train(
@@ -270,7 +274,9 @@ def benchmark_train(
         more = {}
         with tempfile.TemporaryDirectory(prefix="fastervit_jax_benchmark_") as folder:
             if logs:
-                state, more["logging_costs"] = logging_costs(state, timed, own, mesh, pathlib.Path(folder), repeat)
+                state, costs = logging_costs(state, timed, own, mesh, pathlib.Path(folder), repeat)
+                names = "logging_costs", "lowest_logging_costs", "highest_logging_costs"
+                more |= dict(zip(names, costs, strict=True))
             if save:
                 with Checkpoints(pathlib.Path(folder) / "saved", keep=1, keep_best=False, say=print) as checkpoints:
                     def saves(state, step=1, wait=False, to=checkpoints, packing=packing):
@@ -314,14 +320,15 @@ def main(what: str, arguments: list[str]) -> None:
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="changes of the recipe's config")
     args = parser.parse_args(arguments)
     is_data = what == "data"
+    several = args.coordinator, args.processes, args.process
+    if several != (None,) * 3 and (None in several or what != "train" or args.save):
+        parser.error("--coordinator, --processes and --process: expected all three, for train, with --no-save")
     workers = args.workers or ([1, 2] if is_data else [16])
 
     config = imagenet.get_config(args.variant)
     config.update_from_flattened_dict({key: ast.literal_eval(value) for key, value in (x.split("=") for x in args.set)})
     if what == "train":
         config.batch_size = args.batch or 128
-        if args.processes and args.save:
-            parser.error("--processes: expected --no-save with it")
         with processes.started(coordinator=args.coordinator, processes=args.processes, process=args.process,
                                settings=str(config)):
             counts = args.devices or [jax.device_count() if args.processes else 1]

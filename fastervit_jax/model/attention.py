@@ -84,15 +84,22 @@ class Attention(nn.Module):
                      reduce_fn=lambda _, weights: weights)
         drop = nn.Dropout(self.attn_drop_rate, deterministic=False) if train and self.attn_drop_rate else None
         out = attention(qkv, bias, drop=drop, kernels=self.kernels)
-        out = linear(out, Linear(self.width, name="out")(self.width, gamma))
-        return nn.Dropout(self.drop_rate, deterministic=not train)(out)
+        folded = in_weights(gamma, self.dtype)
+        out = linear(out, Linear(self.width, name="out")(self.width, folded))
+        out = nn.Dropout(self.drop_rate, deterministic=not train)(out)
+        return out if folded is gamma else scaled(out, gamma)
+
+
+def in_weights(gamma: Float[Array, "c"] | None, dtype: Any) -> Float[Array, "c"] | None:
+    """gamma, where weights can take it: in float16, weights times 1e-5 are next to nothing."""
+    return None if jnp.dtype(dtype) == jnp.float16 else gamma
 
 
 class Linear(nn.Module):
     """The kernel and bias of a linear layer as `dense` makes them, for functions that compute more than it at once.
 
     `gamma`, a layer scale of its outputs, is multiplied into them: where the outputs themselves were scaled, they would
-    be kept for gamma's gradient.
+    be kept for gamma's gradient. See `in_weights`.
     """
 
     features: int
@@ -118,6 +125,8 @@ class MLP(nn.Module):
         self, x: Float[Array, "... c"], train: bool, gamma: Float[Array, "c"] | None = None
     ) -> Float[Array, "... c"]:
         hidden = Linear(self.hidden, name="hidden")(x.shape[-1])
-        out = Linear(self.width, name="out")(self.hidden, gamma)
+        folded = in_weights(gamma, self.dtype)
+        out = Linear(self.width, name="out")(self.hidden, folded)
         drop = nn.Dropout(self.drop_rate, deterministic=False) if train and self.drop_rate else None
-        return mlp(x.astype(self.dtype), hidden, out, drop=drop, kernels=self.kernels)
+        y = mlp(x.astype(self.dtype), hidden, out, drop=drop, kernels=self.kernels)
+        return y if folded is gamma else scaled(y, gamma)

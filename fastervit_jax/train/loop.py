@@ -96,6 +96,7 @@ def train(config: ConfigDict, workdir: pathlib.Path, devices: list[jax.Device] |
         if restored is None and config.init_from:
             variables, report = load_weights(config.init_from, config.init_from_ema, config, mesh)
             state = state.starting_from(variables)
+            del variables
             say(str(report))
         metrics.claim_workdir(workdir, config, started=restored is not None)
         writer = stack.enter_context(metrics.MetricWriter(
@@ -180,7 +181,7 @@ def train(config: ConfigDict, workdir: pathlib.Path, devices: list[jax.Device] |
                 checkpoints.evaluated(first_step, result["acc1"], extra())
             elif first_step == total_steps:
                 result = evaluated(state, first_step, write=False)
-            del state  # its memory is the first step's
+            del state, restored  # their memory is the first step's
             for step in range(first_step + 1, total_steps + 1):
                 going_on()
                 with meter.waiting():

@@ -143,29 +143,30 @@ class Meter(contextlib.AbstractContextManager):
         self._asked = self._given = 0.0
         self._under_way = queue.Queue()
         self._finished = collections.deque()  # of each step since the last figures: when, and time without work so far
+        self._all_starved = 0.0
         self._change = threading.Condition()
         threading.Thread(target=self._watch, daemon=True, name="speed").start()
         self.start(first_step)
 
     def _watch(self) -> None:
-        finished, starved = -math.inf, 0.0
+        finished = -math.inf
         while (step := self._under_way.get()) is not None:
             asked, given, results = step
             # Before `finished` the devices had work; the host's wait did not hold them up.
-            starved += max(0.0, given - max(asked, finished))
+            self._all_starved += max(0.0, given - max(asked, finished))
             # A failed step raises where the loop reads its results.
             with contextlib.suppress(Exception):
                 jax.block_until_ready(results)
             finished = self._clock()
             with self._change:
-                self._finished.append((finished, starved))
+                self._finished.append((finished, self._all_starved))
                 self._change.notify()
             self._under_way.task_done()
 
     def start(self, step: int) -> None:
         """Measure from here on, once the steps so far are done: the compilation in the first one does not count."""
         self._under_way.join()
-        self._starved = self._finished[-1][1] if self._finished else 0.0
+        self._starved = self._all_starved
         self._finished.clear()
         self._started_at = self._step = step
         self._apart = self._all_apart = 0.0

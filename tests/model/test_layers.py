@@ -8,8 +8,8 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 import fastervit_jax as fv
-from fastervit_jax.model.attention import LayerNorm, drop_path
-from fastervit_jax.model.conv import BatchNorm
+from fastervit_jax.model.attention import MLP, LayerNorm, drop_path
+from fastervit_jax.model.conv import BatchNorm, ConvBlock
 from fastervit_jax.model.hat import HATBlock
 from tests import official
 from tests.golden import cases
@@ -104,6 +104,33 @@ def test_drop_path_in_a_block(key):
         assert alike == branch.startswith("carrier"), branch
         if not alike:
             np.testing.assert_array_equal(np.asarray(out) - 1, np.broadcast_to(added[:, :, None, None], out.shape))
+
+
+def test_drop_path_in_a_conv_block(key):
+    """The added branch of each image is nothing, or 1 / (1 - rate) times what it is without."""
+    x = jax.random.normal(key, (16, 6, 6, 4))
+    block, quiet = (ConvBlock(4, None, rate, "float32", bn_group_size=4) for rate in (0.75, 0.0))
+    variables = quiet.init(key, x, False)
+
+    def branch(block):
+        return np.asarray(block.apply(variables, x, True, rngs={"dropout": key}, mutable=["batch_stats"])[0] - x)
+
+    added, whole = branch(block), branch(quiet)
+    kept = np.abs(added).max((1, 2, 3)) > 0
+    assert 0 < kept.sum() < 16
+    np.testing.assert_allclose(added, whole * (4 * kept)[:, None, None, None], rtol=1e-5, atol=1e-5)
+
+
+def test_layer_scale_in_float16(key):
+    """Weights times 1e-5 would be next to nothing: the layers' results are scaled."""
+    mlp = MLP(16, 64, 0.0, "float16")
+    x, gamma = jax.random.normal(key, (8, 16)), jnp.full(16, 1e-5)
+    variables = mlp.init(key, x, False)
+    exact = MLP(16, 64, 0.0, "float32").apply(variables, x, False)
+    found = mlp.apply(variables, x, False, gamma)
+    assert found.dtype == jnp.float16
+    np.testing.assert_array_equal(found, mlp.apply(variables, x, False) * gamma.astype(jnp.float16)[None])
+    np.testing.assert_allclose(found, 1e-5 * exact, atol=1e-7)
 
 
 def test_drop_path_rates_grow_linearly():

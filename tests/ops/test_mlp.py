@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from scipy.special import erf
 
+from fastervit_jax.ops import kernels
 from fastervit_jax.ops.mlp import mlp
 from tests.ops.sharded import on_eight_devices
 
@@ -89,3 +90,12 @@ def test_dropout_is_applied_twice_and_has_no_kernel(key):
     np.testing.assert_allclose(ours(*arrays, kernels="xla", drop=half)[0], expected, rtol=1e-5)
     with pytest.raises(ValueError, match="there is none for dropout; use 'auto' or 'xla'"):
         ours(*arrays, kernels="pallas", drop=half)
+
+
+@pytest.mark.parametrize(("width", "out", "fused"), [(512, 512, True), (513, 16, False), (16, 520, False)])
+def test_kernels_where_they_are_the_faster(monkeypatch, width, out, fused):
+    monkeypatch.setattr(kernels, "on_gpu", lambda: True)
+    shapes = (4, width), (width, 32), (32,), (32, out), (out,)
+    x, first, bias, second, out_bias = (jnp.zeros(shape, jnp.bfloat16) for shape in shapes)
+    program = jax.make_jaxpr(lambda x: mlp(x, (first, bias), (second, out_bias)))(x)
+    assert ("linear_gelu" in str(program)) == fused

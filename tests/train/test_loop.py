@@ -1,5 +1,6 @@
 """The real loop on real digits: it learns, compiles once, resumes exactly, and is the same on 8 devices."""
 
+import contextlib
 import itertools
 import json
 import os
@@ -10,6 +11,7 @@ import sys
 import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -253,3 +255,66 @@ def test_command_line_errors(tmp_path):
     assert process.returncode != 0
     assert 'AttributeError: unknown config key' in error
     assert 'Did you mean "ct_size"' in error
+
+
+def few(**changes):
+    """22 steps, a line after each fourth."""
+    return runs.config(epochs=1, **changes)
+
+
+def test_unreadable_images_are_in_their_line_once(tmp_path, monkeypatch):
+    """Lines are written two steps late; stopped between the two, and going on, the run writes the same."""
+    unreadable = {4: ["d"], 6: ["a"], 7: ["b"], 9: ["c"], 22: ["z"]}
+    train_batches = loop.loader.train_batches
+
+    def naming(*args, first_step, **kwargs):
+        batches = train_batches(*args, first_step=first_step, **kwargs)
+        with contextlib.closing(batches):
+            for step, (batch, _) in enumerate(batches, first_step + 1):
+                yield batch, unreadable.get(step, [])
+
+    monkeypatch.setattr(loop.loader, "train_batches", naming)
+    device = jax.devices()[:1]
+    loop.train(few(), tmp_path / "whole", device)
+    lines = runs.lines(tmp_path / "whole")
+    named = {line["step"]: line["train/bad_records"] for line in lines if "train/bad_records" in line}
+    assert named == {4: ["d"], 8: ["a", "b"], 12: ["c"], 22: ["z"]}
+
+    check, checks = processes.Stop.check, itertools.count(1)
+
+    def stopping(self):
+        if next(checks) == 10:  # after step 9, before the line of step 8 would have been written
+            raise processes.Stopped
+        check(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(processes.Stop, "check", stopping)
+        with pytest.raises(processes.Stopped):
+            loop.train(few(), tmp_path / "stopped", device)
+    assert [line["step"] for line in runs.lines(tmp_path / "stopped")] == [4, 8]
+    loop.train(few(), tmp_path / "stopped", device)
+    assert runs.lines(tmp_path / "stopped") == lines
+
+
+def test_updates_that_are_not_finite_end_the_run_where_they_should(tmp_path, monkeypatch):
+    """Steps 6 to 8 are skipped, the state saved; going on, the lines are those of a run that bore with them."""
+    make_train_step, bad = loop.make_train_step, {6, 7, 8, 9, 10}
+
+    def make_other_step(*args):
+        train_step = make_train_step(*args)
+
+        def step(state, batch):
+            factor = jnp.nan if int(state.step) + 1 in bad else 1.0
+            return train_step(state, batch | {"weight": factor * batch["weight"]})
+
+        return step
+
+    monkeypatch.setattr(loop, "make_train_step", make_other_step)
+    device = jax.devices()[:1]
+    with pytest.raises(loop.TrainingError, match=r"steps 6 to 8 were skipped.*saved as step 8"):
+        loop.train(few(max_bad_steps=3), tmp_path / "ended", device)
+    assert [(line["step"], line["train/bad_steps"]) for line in runs.lines(tmp_path / "ended")] == [(4, 0), (8, 3)]
+    bad -= {9, 10}
+    loop.train(few(max_bad_steps=3), tmp_path / "ended", device)
+    loop.train(few(max_bad_steps=4), tmp_path / "whole", device)
+    assert runs.lines(tmp_path / "ended") == runs.lines(tmp_path / "whole")

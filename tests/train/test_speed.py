@@ -143,6 +143,16 @@ def test_figures_do_not_wait_for_later_steps():
             "images_per_second": 4.0, "step_ms": 2000.0, "input_wait": 0.0, "seconds_left": 98 * 2.0}
 
 
+def test_started_again_it_counts_from_there():
+    clock, meter = make([device()])
+    with meter:
+        step(meter, clock, asked=0.0, given=10.0, finished=11.0)
+        assert meter.figures(1)["input_wait"] == 10 / 11
+        meter.start(1)
+        step(meter, clock, asked=11.0, given=12.0, finished=15.0)
+        assert meter.figures(2)["input_wait"] == 1 / 4
+
+
 def test_a_failed_step_is_left_to_the_loop():
     class Failed:
         def block_until_ready(self):
