@@ -27,6 +27,7 @@ from fastervit_jax.ops.attention import attention
 from fastervit_jax.ops.conv import conv3x3
 from fastervit_jax.ops.gelu import gelu
 from fastervit_jax.ops.kernels import ALIGNED
+from fastervit_jax.ops.mlp import linear as product
 from fastervit_jax.ops.mlp import mlp
 from fastervit_jax.ops.norm import layer_norm
 from fastervit_jax.weights.pretrained import check_variables
@@ -51,8 +52,7 @@ def conv(
 
 def linear(p: Tree, x: Float[Array, "*b c"]) -> Float[Array, "*b d"]:
     """x times the kernel, plus the bias, in their dtype."""
-    kernel = p["kernel"]
-    return x.astype(kernel.dtype) @ kernel + p["bias"].reshape((1,) * (x.ndim - 1) + (-1,))
+    return product(x.astype(p["kernel"].dtype), (p["kernel"], p["bias"]))
 
 
 def normalise(x: Float[Array, "*b c"], epsilon: float, kernels: str) -> Float[Array, "*b c"]:
