@@ -218,6 +218,22 @@ def logging_costs(
     return state, [statistics.median(costs), min(costs), max(costs)]
 
 
+def save_costs(
+    state: Any, timed: Callable, steps: int, packing: Packing, folder: pathlib.Path, repeat: int
+) -> tuple[Any, list[float], float]:
+    """The state after it; by how many steps a save delays the steps beside it, with one and without in turns: median,
+    lowest and highest; and the median of the milliseconds for which the call holds the host."""
+    costs, held = [], []
+    for i in range(repeat):
+        state, without, _ = timed(state)
+        with Checkpoints(folder / f"saved_{i}", keep=1, keep_best=False, say=print, packing=packing) as checkpoints:
+            checkpoints.save(state, 0, wait=True)  # compiles what takes the digests
+            state, with_save, seconds = timed(state, checkpoints=checkpoints)
+        costs.append(steps * (with_save / without - 1))
+        held.append(1e3 * seconds)
+    return state, [statistics.median(costs), min(costs), max(costs)], statistics.median(held)
+
+
 def benchmark_train(
     config: ConfigDict, counts: list[int], steps: int, repeat: int, save: bool, logs: bool = False
 ) -> None:
@@ -247,16 +263,18 @@ def benchmark_train(
         compiled = train_step.lower(state, batch).compile()
         compile_seconds = time.perf_counter() - start
 
-        def timed(state, steps=steps, during=lambda state: None, log=lambda step, metrics: None, compiled=compiled,
-                  batch=batch):
-            """Seconds a step, and seconds that `during` took of the host after the first of them."""
+        def timed(state, steps=steps, checkpoints=None, log=lambda step, metrics: None, compiled=compiled, batch=batch):
+            """Seconds a step, and seconds that a save after the first of them held the host."""
             state, metrics = jax.block_until_ready(compiled(state, batch))
             start, held, before = time.perf_counter(), 0.0, collections.deque([metrics], AHEAD)
             for i in range(steps):
-                state, metrics = compiled(state, batch)
-                if i == 0:
+                spent, (state, metrics) = state, compiled(state, batch)
+                if checkpoints:
+                    checkpoints.free(spent)
+                if i == 0 and checkpoints:
+                    jax.block_until_ready(metrics)  # as in training, whose checkpoints have the figures of all steps
                     asked = time.perf_counter()
-                    during(state)
+                    checkpoints.save(state, checkpoints.latest + 1)
                     held = time.perf_counter() - asked
                 jax.block_until_ready(before[0])  # as in training, the host is a step or two ahead
                 before.append(metrics)
@@ -278,13 +296,9 @@ def benchmark_train(
                 names = "logging_costs", "lowest_logging_costs", "highest_logging_costs"
                 more |= dict(zip(names, costs, strict=True))
             if save:
-                with Checkpoints(pathlib.Path(folder) / "saved", keep=1, keep_best=False, say=print) as checkpoints:
-                    def saves(state, step=1, wait=False, to=checkpoints, packing=packing):
-                        to.save(packing.unpack(state), step, wait=wait)
-
-                    saves(state, 0, wait=True)  # compiles what takes the digests
-                    state, with_save, held = timed(state, during=saves)
-                more |= {"save_holds_host_ms": 1e3 * held, "save_costs_steps": (with_save - step) * steps / step}
+                state, costs, held = save_costs(state, timed, steps, packing, pathlib.Path(folder), repeat)
+                names = "save_costs_steps", "lowest_save_costs_steps", "highest_save_costs_steps"
+                more |= {"save_holds_host_ms": held, **dict(zip(names, costs, strict=True))}
         memory = [device.memory_stats() or {} for device in mesh.local_devices]
         if jax.process_index():
             continue

@@ -9,6 +9,7 @@ until a timeout.
 """
 
 import asyncio
+import collections
 import concurrent.futures
 import contextlib
 import functools
@@ -32,12 +33,15 @@ from jax._src import distributed  # no public function talks to other processes 
 
 from fastervit_jax.train import digest
 from fastervit_jax.train.digest import Digests
+from fastervit_jax.train.packing import Packing
 from fastervit_jax.train.state import TrainState
 
 VERSION = 1
 UNFINISHED = ".orbax-checkpoint-tmp"
 TIMEOUT = 3600.0
 """Seconds that a process waits for the others, some of which may have more to write."""
+TURN = 0.0005
+SPENT = 256
 GROUPS = itertools.count()
 
 
@@ -198,19 +202,19 @@ def _read(folder: pathlib.Path, items: dict[str, Any]) -> dict[str, Any]:
         item=tree, restore_args=ocp.checkpoint_utils.construct_restore_args(tree))) for name, tree in items.items()}
 
 
-def _compare(digests: Digests, tree: Any, expected: dict[str, str]) -> None:
-    found = digests.read(digests.start(tree))
-    differing = [name for name in digests.names if any(texts[name] != expected[name] for texts in found)]
+def _compare(found: list[dict[str, str]], expected: dict[str, str]) -> None:
+    differing = [name for name in found[0] if any(texts[name] != expected[name] for texts in found)]
     if differing:
-        raise ValueError(f"{len(differing)} of {len(digests.names)} arrays do not have the digest that was saved: "
+        raise ValueError(f"{len(differing)} of {len(found[0])} arrays do not have the digest that was saved: "
                          f"{', '.join(differing[:3])}{', ...' if differing[3:] else ''}")
 
 
 def _newest_whole(
     root: pathlib.Path, items: dict[str, Any], build: Callable[[dict[str, Any]], Any], group: _Group,
-    digests: Callable[[], Digests],
+    digests: Callable[[Any], list[dict[str, str]]],
 ) -> tuple[Any, dict[str, Any], dict[int, str]] | None:
     """What `build` makes of the items of the newest whole step, its meta, and what is wrong with the newer ones.
+    `digests` finds those of what it makes, on each of this process's devices.
 
     None if there are no steps. Raises CheckpointError if none is whole, or one is that has other arrays.
     """
@@ -229,7 +233,7 @@ def _newest_whole(
         if not error:
             restored = build(read)
             del read
-            _, error = group.do(lambda: _compare(digests(), restored, meta["digests"]))  # noqa: B023
+            _, error = group.do(lambda: _compare(digests(restored), meta["digests"]))  # noqa: B023
         if not error:
             return restored, meta, wrong
         wrong[step] = error
@@ -259,7 +263,7 @@ def restore_variables(
         return items if ema else items[item]
 
     root = (pathlib.Path(workdir) / "checkpoints").absolute()
-    found = _newest_whole(root, {item: tree}, build, _Group(), lambda: Digests(build({item: tree})))
+    found = _newest_whole(root, {item: tree}, build, _Group(), lambda restored: Digests(restored).of(restored))
     if found is None:
         raise FileNotFoundError(f"no checkpoint in {root}: expected a workdir in which train.py has saved one")
     restored, meta, wrong = found
@@ -270,12 +274,12 @@ def restore_variables(
 
 @contextlib.contextmanager
 def _in_small_turns() -> Iterator[None]:
-    """Threads of Python take turns of 0.5 ms, not 5, and none stops all others to collect garbage.
+    """Threads of Python take turns of TURN seconds, not 0.005, and none stops all others to collect garbage.
 
     For orbax's work on each array, a second or two of it, beside a thread that has steps to dispatch.
     """
     turns, collects = sys.getswitchinterval(), gc.isenabled()
-    sys.setswitchinterval(0.0005)
+    sys.setswitchinterval(TURN)
     gc.disable()
     try:
         yield
@@ -313,10 +317,14 @@ class Checkpoints(contextlib.AbstractContextManager):
     """The checkpoints in WORKDIR/checkpoints: the newest `keep` of them and, with `keep_best`, the best one.
 
     What a killed save left behind is removed by the next one. All processes make one and call its methods in the
-    same order. `say` is told what is not as expected, perhaps by another thread.
+    same order. `say` is told what is not as expected, perhaps by another thread. With `packing`, `save` is given states
+    as it packs them; how they were packed is not kept.
     """
 
-    def __init__(self, workdir: pathlib.Path, *, keep: int, keep_best: bool, say: Callable[[str], None]):
+    def __init__(self, workdir: pathlib.Path, *, keep: int, keep_best: bool, say: Callable[[str], None],
+                 packing: Packing | None = None):
+        self._packing = packing
+        self._spent: collections.deque[Any] = collections.deque(maxlen=SPENT)
         self._root = (pathlib.Path(workdir) / "checkpoints").absolute()
         self._keep, self._keep_best, self._say = keep, keep_best, say
         self._best: dict[str, Any] | None = None
@@ -325,7 +333,7 @@ class Checkpoints(contextlib.AbstractContextManager):
         self._saving: concurrent.futures.Future | None = None
         self._digests: concurrent.futures.Future | None = None
         self._copy: concurrent.futures.Future | None = None
-        self._target: TrainState | None = None
+        self._target: Any = None
         self._copies: bool | None = None
         found, error = self._group.do(self._open, only_first=True)
         if error:
@@ -348,11 +356,14 @@ class Checkpoints(contextlib.AbstractContextManager):
         for path in self._root.glob(f"*{UNFINISHED}*"):
             shutil.rmtree(path, ignore_errors=True)
 
-    def _compile(self, target: TrainState) -> None:
+    def _compile(self, state: TrainState) -> None:
         """Starts it, in the background."""
-        self._target = target
-        self._digests = self._worker.submit(Digests, target)
-        self._copy = self._worker.submit(_compiled_copy, tuple(jax.tree.leaves(target)))
+        self._target = self._packing.abstract if self._packing else digest.abstract(state)
+        self._digests = self._worker.submit(Digests, state, self._packing)
+        self._copy = self._worker.submit(_compiled_copy, tuple(jax.tree.leaves(self._target)))
+
+    def _digests_of(self, state: TrainState) -> list[dict[str, str]]:
+        return self._digests.result().of(self._packing.pack(state) if self._packing else state)
 
     @property
     def best(self) -> dict[str, Any] | None:
@@ -378,7 +389,7 @@ class Checkpoints(contextlib.AbstractContextManager):
         self._wait()
         target = digest.abstract(state)
         self._compile(target)
-        found = _newest_whole(self._root, _items(target), _state, self._group, self._digests.result)
+        found = _newest_whole(self._root, _items(target), _state, self._group, self._digests_of)
         if found is None:
             return None
         restored, meta, wrong = found
@@ -398,7 +409,7 @@ class Checkpoints(contextlib.AbstractContextManager):
         (self._root / str(step)).rename(self._root / name)
 
     def save(
-        self, state: TrainState, step: int, *, acc1: float | None = None, extra: Any = None, wait: bool = False
+        self, state: Any, step: int, *, acc1: float | None = None, extra: Any = None, wait: bool = False
     ) -> None:
         """Start to save the state, which has done `step` steps; it may be donated afterwards. Told if it fails.
 
@@ -413,7 +424,7 @@ class Checkpoints(contextlib.AbstractContextManager):
         if self.is_best(acc1):
             self._best = {"step": step, "acc1": acc1}
         if self._target is None or not _fits(state, self._target):
-            self._compile(digest.abstract(state))
+            self._compile(digest.abstract(self._packing.unpack(state) if self._packing else state))
         digests, copy = self._digests.result(), self._copy.result()
         if self._copies is None:
             self._copies = _has_room(state)
@@ -424,14 +435,22 @@ class Checkpoints(contextlib.AbstractContextManager):
         arrays, structure = jax.tree.flatten(state)
         for again in (True, False):
             sums = digests.start(state)
-            items = _items(state if blocks else jax.tree.unflatten(structure, copy(arrays)))
-            self._saving = self._worker.submit(self._save, next(self._saves), items, meta, digests, sums)
+            given = [state if blocks else jax.tree.unflatten(structure, copy(arrays))]
+            self._saving = self._worker.submit(self._save, next(self._saves), given, meta, digests, sums)
             error = self._wait() if blocks else ""
             if not error or not wait:
                 return
             if again:
                 self._say(f"the save of step {step} is tried once more")
         raise CheckpointError(f"step {step} could not be saved, in two tries: {error}")
+
+    def free(self, spent: Any) -> None:
+        """For a state that was donated: what is left of it, the arrays without their memory, is freed when nothing is
+        being saved. To free an array is to wait for a turn of Python's threads, of which saving is one."""
+        self._spent.append(spent)
+        if self._saving is None or self._saving.done():
+            for _ in range(min(2, len(self._spent))):
+                self._spent.popleft()
 
     def evaluated(self, step: int, acc1: float, extra: Any) -> None:
         """Notes of a step that is there, saved before its evaluation, what `save` would have. Told if it fails."""
@@ -452,11 +471,15 @@ class Checkpoints(contextlib.AbstractContextManager):
         return saving.result() if saving else ""
 
     @_in_small_turns()
-    def _save(self, number: int, items: dict[str, Any], meta: dict[str, Any], digests: Digests, sums: Any) -> str:
-        """Writes a step, in the worker's thread. Returns what went wrong in any process."""
-        step, item_names = meta["step"], list(items)
+    def _save(self, number: int, given: list[Any], meta: dict[str, Any], digests: Digests, sums: Any) -> str:
+        """Writes a step, in the worker's thread, and takes its state out of the list. Returns what went wrong in any
+        process."""
+        step, unpack = meta["step"], self._packing.unpack if self._packing else lambda state: state
         folder = self._root / f"{step}{UNFINISHED}-{number}"
-        _, error = self._group.do(lambda: self._begin(folder, item_names), only_first=True)
+        items, error = self._group.do(lambda: _items(unpack(given.pop())))
+        if not error:
+            item_names = list(items)
+            _, error = self._group.do(lambda: self._begin(folder, item_names), only_first=True)
         if not error:
             written, error = self._group.do(lambda: (digests.read(sums)[0], _write(folder, items)))
         if not error:

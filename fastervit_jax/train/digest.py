@@ -16,6 +16,8 @@ import numpy as np
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from fastervit_jax.train.packing import Packing
+
 SEEDS = 0x9E3779B9, 0x85EBCA6B
 WORDS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
 AT_ONCE = 2**28
@@ -45,14 +47,16 @@ def _bits(x: jax.Array) -> jax.Array:
     return x.astype(jnp.uint8) if x.dtype == jnp.bool_ else lax.bitcast_convert_type(x, WORDS[x.dtype.itemsize])
 
 
-def _digest(arrays: list[jax.Array]) -> jax.Array:
-    """(arrays, 2) of uint32. The arrays of one shape are put together, which leaves much less to compile."""
+def _digest(arrays: list[jax.Array], counts: tuple[int, ...]) -> jax.Array:
+    """(all arrays, 2) of uint32; of more than one, `counts` are along the first axis. Those of one shape are put
+    together, which leaves much less to compile."""
     alike = collections.defaultdict(list)
-    for i, x in enumerate(arrays):
-        alike[x.shape, x.dtype].append(i)
-    sums = []
-    for (shape, _), places in alike.items():
-        words = lax.optimization_barrier(jnp.stack([_bits(arrays[i]) for i in places])).astype(jnp.uint32)
+    for i, (x, count) in enumerate(zip(arrays, counts, strict=True)):
+        alike[x.shape[count > 1:], x.dtype].append(i)
+    sums, places = [], []
+    for (shape, _), group in alike.items():
+        words = [_bits(arrays[i]).reshape(counts[i], *shape) for i in group]
+        words = lax.optimization_barrier(jnp.concatenate(words)).astype(jnp.uint32)
         place = jnp.zeros((1, *shape), jnp.uint32)
         for axis, length in enumerate(shape, 1):
             place = place * jnp.uint32(length) + lax.broadcasted_iota(jnp.uint32, place.shape, axis)
@@ -61,37 +65,42 @@ def _digest(arrays: list[jax.Array]) -> jax.Array:
         zero = jnp.uint32(0)
         sums.append(jnp.stack(lax.reduce(both, (zero, zero), lambda x, y: (x[0] + y[0], x[1] + y[1]),
                                          range(1, words.ndim)), axis=1))
-    return jnp.concatenate(sums)[np.argsort(np.concatenate(list(alike.values())))]
+        places += [i for i in group for _ in range(counts[i])]
+    return jnp.concatenate(sums)[np.argsort(places, kind="stable")]
 
 
 @functools.lru_cache(maxsize=16)
-def _compiled(leaves: tuple[jax.ShapeDtypeStruct, ...]) -> jax.stages.Compiled:
+def _compiled(leaves: tuple[jax.ShapeDtypeStruct, ...], counts: tuple[int, ...]) -> jax.stages.Compiled:
     meshes = [x.sharding.mesh for x in leaves if isinstance(x.sharding, NamedSharding)]
     everywhere = NamedSharding(meshes[0], PartitionSpec()) if meshes else None
-    return jax.jit(_digest, out_shardings=everywhere).lower(list(leaves)).compile()
+    digest = functools.partial(_digest, counts=counts)
+    return jax.jit(digest, out_shardings=everywhere).lower(list(leaves)).compile()
 
 
 class Digests:
     """The function from a tree of arrays to their digests, compiled.
 
-    It takes trees with the structure, shapes, dtypes and shardings of `tree`, which may be abstract. Raises TypeError
-    for a dtype of more than 4 bytes.
+    It takes trees with the structure, shapes, dtypes and shardings of `tree`, which may be abstract, or these as
+    `packing` packs them. Raises TypeError for a dtype of more than 4 bytes.
     """
 
-    def __init__(self, tree: Any):
-        self.names = names(tree)
-        leaves = jax.tree.leaves(abstract(tree))
+    def __init__(self, tree: Any, packing: Packing | None = None):
+        named = names(tree)
+        groups = packing.groups if packing else [[i] for i in range(len(named))]
+        self.names = [named[i] for group in groups for i in group]
+        leaves = jax.tree.leaves(packing.abstract if packing else abstract(tree))
         parts, values = [], AT_ONCE
-        for name, x in zip(self.names, leaves, strict=True):
+        for group, x in zip(groups, leaves, strict=True):
             if x.dtype.itemsize not in WORDS or not jnp.issubdtype(x.dtype, np.generic):
-                raise TypeError(f"{name} has dtype {x.dtype}: expected numbers or bools of at most 4 bytes")
+                raise TypeError(
+                    f"{named[group[0]]} has dtype {x.dtype}: expected numbers or bools of at most 4 bytes")
             size = math.prod(x.sharding.shard_shape(x.shape))
             if values + size > AT_ONCE:
                 parts.append([])
                 values = 0
-            parts[-1].append(x)
+            parts[-1].append((x, len(group)))
             values += size
-        self._programs = [(len(part), _compiled(tuple(part))) for part in parts]
+        self._programs = [(len(part), _compiled(*zip(*part, strict=True))) for part in parts]
 
     def start(self, tree: Any) -> list[jax.Array]:
         """Starts the computation, and returns what `read` takes; the arrays may be donated then."""
@@ -100,6 +109,9 @@ class Digests:
             sums.append(program(leaves[:count]))
             leaves = leaves[count:]
         return sums
+
+    def of(self, tree: Any) -> list[dict[str, str]]:
+        return self.read(self.start(tree))
 
     def read(self, sums: list[jax.Array]) -> list[dict[str, str]]:
         """For each of this process's devices, 16 hexadecimal digits for each array, by name; waits for them."""

@@ -79,8 +79,8 @@ def train(config: ConfigDict, workdir: pathlib.Path, devices: list[jax.Device] |
         train_step = make_train_step(model, optimizer, rates, config, mesh, total_steps, packing)
         eval_step = evaluate.make_eval_step(model, config, mesh)
 
-        checkpoints = stack.enter_context(
-            Checkpoints(workdir, keep=config.keep_checkpoints, keep_best=config.keep_best, say=say))
+        checkpoints = stack.enter_context(Checkpoints(
+            workdir, keep=config.keep_checkpoints, keep_best=config.keep_best, say=say, packing=packing))
         if checkpoints.latest is not None:
             metrics.check_config(workdir, config)  # first: another model's checkpoint would look damaged
         restored = checkpoints.restore(abstract)
@@ -189,7 +189,9 @@ def train(config: ConfigDict, workdir: pathlib.Path, devices: list[jax.Device] |
                 if step == profile_first:
                     jax.profiler.start_trace(workdir / "profile")
                     profiling = True
-                packed, new = train_step(packed, batch)
+                spent, (packed, new) = packed, train_step(packed, batch)
+                checkpoints.free(spent)
+                del spent
                 meter.stepped(new)
                 in_flight.append((step, new, unreadable))
                 if len(in_flight) > AHEAD:
@@ -216,16 +218,13 @@ def train(config: ConfigDict, workdir: pathlib.Path, devices: list[jax.Device] |
                 if step % save_every == 0 or last or best:
                     catch_up(step)
                     with meter.apart():
-                        state = packing.unpack(packed)
                         if best:
-                            _export(model, state, workdir, config, say)
+                            _export(model, packing.unpack(packed), workdir, config, say)
                         # After all its figures: a run that goes on from a checkpoint leaves no gap and no double.
-                        checkpoints.save(state, step, acc1=acc1, wait=last, extra=extra())
-                        del state
+                        checkpoints.save(packed, step, acc1=acc1, wait=last, extra=extra())
                     watchdog.alive()
         except (processes.Stopped, TrainingError) as error:
-            state = packing.unpack(packed)
-            step = int(state.step)
+            step = int(packing.unpack(packed).step)
             figures = (figures + _fetch(in_flight))[:step - logged]
             for line in due:
                 if line <= step:
@@ -233,7 +232,7 @@ def train(config: ConfigDict, workdir: pathlib.Path, devices: list[jax.Device] |
             if isinstance(error, TrainingError):  # raised before what is due after this step
                 to_evaluate = step % eval_every == 0 or step == total_steps
             watchdog.alive()
-            checkpoints.save(state, step, wait=True, extra=extra())
+            checkpoints.save(packed, step, wait=True, extra=extra())
             say(f"saved after step {step:,} in {workdir}; the same command goes on from there")
             raise
     say(evaluate.report(result))

@@ -32,6 +32,9 @@ class Packing:
 
     `state` may be abstract, but has shardings. Arrays that are not small are the same ones, packed or not. Where
     nothing is to be packed, a state stays as it is.
+
+    `groups` has, for each array of a packed state, the places of those in it among the state's arrays; `abstract`
+    the packed state's shapes, dtypes and shardings.
     """
 
     def __init__(self, state: Any):
@@ -40,15 +43,20 @@ class Packing:
         groups = collections.defaultdict(list)
         for i, x in enumerate(leaves):
             groups[(x.shape, x.dtype, x.sharding.spec) if x.size <= small else i].append(i)
-        self._groups = list(groups.values())
-        self._alone = len(self._groups) == len(leaves)
-        one = [leaves[group[0]].sharding for group in self._groups]
+        self.groups = list(groups.values())
+        self._alone = len(self.groups) == len(leaves)
+        one = [leaves[group[0]].sharding for group in self.groups]
         many = [NamedSharding(lying.mesh, PartitionSpec(None, *lying.spec)) for lying in one]
-        together = [i for i, group in enumerate(self._groups) if len(group) > 1]
+        together = [i for i, group in enumerate(self.groups) if len(group) > 1]
         self._jitted_stack = jax.jit(_stack, out_shardings=[many[i] for i in together])
-        self._jitted_split = jax.jit(_split, out_shardings=[[one[i]] * len(self._groups[i]) for i in together])
-        lying = [both[len(group) > 1] for group, *both in zip(self._groups, one, many, strict=True)]
-        self.shardings = jax.tree.unflatten(self._structure, lying) if self._alone else lying
+        self._jitted_split = jax.jit(_split, out_shardings=[[one[i]] * len(self.groups[i]) for i in together])
+        packed = []
+        for group, alone, stacked in zip(self.groups, one, many, strict=True):
+            x, several = leaves[group[0]], len(group) > 1
+            packed.append(jax.ShapeDtypeStruct(
+                (len(group), *x.shape) if several else x.shape, x.dtype, sharding=stacked if several else alone))
+        self.abstract = jax.tree.unflatten(self._structure, packed) if self._alone else packed
+        self.shardings = jax.tree.map(lambda x: x.sharding, self.abstract)
 
     def pack(self, state: Any) -> Packed | Any:
         return self._packed(state, self._jitted_stack)
@@ -66,14 +74,14 @@ class Packing:
         if self._alone:
             return state
         leaves = jax.tree.leaves(state)
-        stacked = iter(stack([[leaves[i] for i in group] for group in self._groups if len(group) > 1]))
-        return [next(stacked) if len(group) > 1 else leaves[group[0]] for group in self._groups]
+        stacked = iter(stack([[leaves[i] for i in group] for group in self.groups if len(group) > 1]))
+        return [next(stacked) if len(group) > 1 else leaves[group[0]] for group in self.groups]
 
     def _unpacked(self, packed: Packed | Any, split: Callable) -> Any:
         if self._alone:
             return packed
-        parts = iter(split([x for x, group in zip(packed, self._groups, strict=True) if len(group) > 1]))
+        parts = iter(split([x for x, group in zip(packed, self.groups, strict=True) if len(group) > 1]))
         leaves = {}
-        for x, group in zip(packed, self._groups, strict=True):
+        for x, group in zip(packed, self.groups, strict=True):
             leaves |= zip(group, next(parts) if len(group) > 1 else [x], strict=True)
         return jax.tree.unflatten(self._structure, [leaves[i] for i in range(len(leaves))])
