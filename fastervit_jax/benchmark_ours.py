@@ -59,7 +59,9 @@ def training(model: FasterViT, variables: Any, images: jax.Array, spec: dict[str
     """
     # Here, because inference does without its packages.
     from configs import imagenet
+    from fastervit_jax.train import sharding
     from fastervit_jax.train.optimizer import make_optimizer
+    from fastervit_jax.train.packing import Packing
     config = imagenet.get_config(spec["model"])
     with config.unlocked():
         config.optimizer, config.weight_decay, config.clip_norm = "adamw", WEIGHT_DECAY, CLIP_NORM
@@ -81,11 +83,21 @@ def training(model: FasterViT, variables: Any, images: jax.Array, spec: dict[str
         return (params, updated, opt_state, count + 1), loss
 
     params = variables["params"]
-    state = [(params, variables["batch_stats"], jax.jit(optimizer.init)(params), jnp.int32(0))]
-    compiled = jax.jit(step, donate_argnums=0, compiler_options=options(spec)).lower(state[0], images, labels).compile()
+    state = params, variables["batch_stats"], jax.jit(optimizer.init)(params), jnp.int32(0)
+    state = jax.device_put(state, sharding.replicated(sharding.make_mesh(jax.devices()[:1])))
+    packing = Packing(state)  # as a run's states are
+
+    def packed_step(packed, images, labels):
+        state, loss = step(packing.split(packed), images, labels)
+        return packing.stack(state), loss
+
+    packed = [packing.pack(state)]
+    del state
+    compiled = jax.jit(packed_step, donate_argnums=0, compiler_options=options(spec)).lower(
+        packed[0], images, labels).compile()
 
     def call() -> jax.Array:
-        state[0], loss = compiled(state[0], images, labels)
+        packed[0], loss = compiled(packed[0], images, labels)
         return loss
 
     return compiled, call

@@ -6,6 +6,8 @@ parameters serve every window size, carrier count and resolution.
 Axes: n tokens of a rows × cols grid in raster order, h heads, c channels.
 """
 
+from typing import Any
+
 import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
@@ -46,6 +48,11 @@ def absolute_coordinates(rows: int, cols: int) -> np.ndarray:
     return grid.reshape(-1, 2).astype(np.float32)
 
 
+def _of_two(coordinates: Float[Array, "n 2"], kernel: Float[Array, "2 f"], *_: Any, **__: Any) -> Float[Array, "n f"]:
+    """The product as two multiplications, which are one pass with what comes after them, and exact on GPUs, too."""
+    return coordinates[:, :1] * kernel[:1] + coordinates[:, 1:] * kernel[1:]
+
+
 class CoordinateMLP(nn.Module):
     """(row, col) → 512 → `features`, in float32: coordinates lose too much in bfloat16 and there are few of them."""
 
@@ -54,7 +61,7 @@ class CoordinateMLP(nn.Module):
     @nn.compact
     def __call__(self, coordinates: Float[Array, "n 2"]) -> Float[Array, "n f"]:
         normal = nn.initializers.normal(0.02)
-        x = nn.relu(nn.Dense(HIDDEN, kernel_init=normal, name="hidden")(coordinates))
+        x = nn.relu(nn.Dense(HIDDEN, kernel_init=normal, dot_general=_of_two, name="hidden")(coordinates))
         return nn.Dense(self.features, use_bias=False, kernel_init=normal, name="out")(x)
 
 
