@@ -20,12 +20,11 @@ import time
 from typing import Any
 
 import jax
-import numpy as np
 from absl import flags
 from jax.experimental import topologies
 from ml_collections import ConfigDict
 
-from fastervit_jax.data import sources
+from fastervit_jax.data import loader, sources
 from fastervit_jax.model.fastervit import FasterViT
 from fastervit_jax.train import command, schedule, sharding, speed
 from fastervit_jax.train.check import check
@@ -113,12 +112,7 @@ def abstract_inputs(
     model: FasterViT, optimizer: Any, config: ConfigDict, mesh: jax.sharding.Mesh
 ) -> tuple[Any, dict[str, jax.ShapeDtypeStruct]]:
     """The train step's state and batch as shapes, types and shardings, without values."""
-    images = config.batch_size
-    image = (*sources.image_sides(config), config.model.in_chans)
-    shapes = {"image": ((images, *image), np.uint8), "label": ((images,), np.int32), "weight": ((images,), np.float32)}
-    over_batch = sharding.over_batch(mesh)
-    state = abstract_state(model, optimizer, config, mesh)
-    return state, {name: jax.ShapeDtypeStruct(*x, sharding=over_batch) for name, x in shapes.items()}
+    return abstract_state(model, optimizer, config, mesh), loader.abstract_batch(config, sharding.over_batch(mesh))
 
 
 def bytes_a_device(tree: Any) -> int:

@@ -33,7 +33,7 @@ from ml_collections import ConfigDict
 
 from fastervit_jax.data import decode
 from fastervit_jax.data.cues import Cues
-from fastervit_jax.data.sources import ArraySource, Source
+from fastervit_jax.data.sources import ArraySource, Source, image_sides
 
 DRAWN = (ArraySource, Cues)
 """Sources whose images are pixels of the right size already."""
@@ -372,6 +372,14 @@ def train_order(source: Source, config: ConfigDict) -> tuple[grain.MapDataset, R
     transform = None if isinstance(source, DRAWN) else decode.train_crop(config)
     order = grain.MapDataset.range(len(source)).seed(config.seed).shuffle().repeat(None)
     return order, Read(source, transform, config.seed)
+
+
+def abstract_batch(config: ConfigDict, sharding: jax.sharding.NamedSharding) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and dtypes of what `train_batches` gives."""
+    images = config.batch_size
+    image = (*image_sides(config), config.model.in_chans)
+    shapes = {"image": ((images, *image), np.uint8), "label": ((images,), np.int32), "weight": ((images,), np.float32)}
+    return {name: jax.ShapeDtypeStruct(*x, sharding=sharding) for name, x in shapes.items()}
 
 
 def train_batches(

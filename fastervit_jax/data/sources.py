@@ -10,7 +10,6 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import scipy.ndimage
-import sklearn.datasets
 from jaxtyping import Int, UInt8
 from ml_collections import ConfigDict
 
@@ -72,6 +71,8 @@ def digits(split: str, image_size: int, channels: int = 1) -> ArraySource:
     Of each class every fifth scan, in the order of the file, is for validation: 1,442 train, 355 validate. Raises
     ValueError for another split, see `splits.intervals`.
     """
+    import sklearn.datasets  # here, as it takes a third of the time of all imports
+
     data = sklearn.datasets.load_digits()
     validation = np.zeros(len(data.target), bool)
     for digit in range(10):

@@ -1,6 +1,7 @@
 """The training loop. One function, read from top to bottom; the same on one device and on many."""
 
 import collections
+import concurrent.futures
 import contextlib
 import pathlib
 import sys
@@ -83,6 +84,11 @@ def train(config: ConfigDict, workdir: pathlib.Path, devices: list[jax.Device] |
             workdir, keep=config.keep_checkpoints, keep_best=config.keep_best, say=say, packing=packing))
         if checkpoints.latest is not None:
             metrics.check_config(workdir, config)  # first: another model's checkpoint would look damaged
+        compiling = None
+        if jax.process_count() == 1 and checkpoints.latest != total_steps:  # meanwhile the state is read or made
+            worker = stack.enter_context(concurrent.futures.ThreadPoolExecutor(1, "compilation"))
+            batch = loader.abstract_batch(config, sharding.over_batch(mesh))
+            compiling = worker.submit(lambda: train_step.lower(packing.abstract, batch).compile())
         restored = checkpoints.restore(abstract)
         if restored is not None:
             state, left = restored[0], restored[1]["extra"]  # figures since the last line, an evaluation half done
@@ -182,6 +188,8 @@ def train(config: ConfigDict, workdir: pathlib.Path, devices: list[jax.Device] |
             elif first_step == total_steps:
                 result = evaluated(state, first_step, write=False)
             del state, restored  # their memory is the first step's
+            if compiling:
+                compiling.result()  # not used: JAX knows now what to call
             for step in range(first_step + 1, total_steps + 1):
                 going_on()
                 with meter.waiting():

@@ -340,6 +340,7 @@ PROGRAM = """
             return state.replace(step=state.step + 1), {
                 "bad_images": jnp.float32(jnp.nan), "bad_steps": jnp.float32(1), "bad_steps_in_row": jnp.float32(0)}
 
+        step.lower = train_step.lower
         return step
 
     loop.make_train_step = make_other_step

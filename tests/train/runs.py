@@ -80,6 +80,7 @@ def stopping(monkeypatch, after: int):
                 raise Stopped
             return train_step(state, batch)
 
+        step.lower = train_step.lower
         return step
 
     with monkeypatch.context() as patch:

@@ -90,6 +90,7 @@ def guarded(monkeypatch):
             with jax.transfer_guard("disallow"):
                 return made[-1](state, batch)
 
+        step.lower = made[-1].lower
         return step
 
     monkeypatch.setattr(loop, "make_train_step", make_guarded_step)
@@ -307,6 +308,7 @@ def test_updates_that_are_not_finite_end_the_run_where_they_should(tmp_path, mon
             factor = jnp.nan if int(state.step) + 1 in bad else 1.0
             return train_step(state, batch | {"weight": factor * batch["weight"]})
 
+        step.lower = train_step.lower
         return step
 
     monkeypatch.setattr(loop, "make_train_step", make_other_step)
