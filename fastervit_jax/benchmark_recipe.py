@@ -195,23 +195,25 @@ def logging_costs(
         raise ValueError(f"config.log_every_steps={every}: expected more than {AHEAD}, to tell lines apart")
     with MetricWriter(folder, 0) as writer, Meter(
             1.0, config.batch_size, mesh.devices.flat, 0, 10**6) as meter:
-        in_flight = []
+        in_flight, figures = collections.deque(), []
 
         def log(step: int, found: Any) -> None:
             with meter.waiting():
                 pass
             meter.stepped(found)
             in_flight.append(found)
+            if len(in_flight) > AHEAD:
+                figures.append(jax.device_get(in_flight.popleft()))
             if step > every and step % every == AHEAD:
-                figures = jax.device_get(in_flight[:every])
-                del in_flight[:every]
                 writer.write(step, "train", {name: float(sum(x[name] for x in figures)) for name in figures[0]})
+                figures.clear()
                 writer.write_speed(step, meter.figures(step - AHEAD))
 
         costs = []
         for _ in range(repeat):
             state, without, _ = timed(state, 2 * every + AHEAD)
             in_flight.clear()
+            figures.clear()
             meter.start(0)
             state, with_logs, _ = timed(state, 2 * every + AHEAD, log=log)
             costs.append(with_logs / without - 1)

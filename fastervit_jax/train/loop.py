@@ -84,8 +84,10 @@ def train(config: ConfigDict, workdir: pathlib.Path, devices: list[jax.Device] |
             workdir, keep=config.keep_checkpoints, keep_best=config.keep_best, say=say, packing=packing))
         if checkpoints.latest is not None:
             metrics.check_config(workdir, config)  # first: another model's checkpoint would look damaged
-        compiling = None
-        if jax.process_count() == 1 and checkpoints.latest != total_steps:  # meanwhile the state is read or made
+        # The step is compiled while the state is read or made; not where weights may turn out not to fit, of which one
+        # would be told when it is done.
+        compiling, fresh = None, checkpoints.latest is None
+        if jax.process_count() == 1 and (not config.init_from if fresh else checkpoints.latest < total_steps):
             worker = stack.enter_context(concurrent.futures.ThreadPoolExecutor(1, "compilation"))
             batch = loader.abstract_batch(config, sharding.over_batch(mesh))
             compiling = worker.submit(lambda: train_step.lower(packing.abstract, batch).compile())
@@ -202,8 +204,6 @@ def train(config: ConfigDict, workdir: pathlib.Path, devices: list[jax.Device] |
                 del spent
                 meter.stepped(new)
                 in_flight.append((step, new, unreadable))
-                if len(in_flight) > AHEAD:
-                    jax.block_until_ready(in_flight[-1 - AHEAD][1])
                 if step == first_step + 1:
                     meter.start(step)  # the compilation does not count in images/s and time left
                     bar.unpause()
@@ -215,8 +215,7 @@ def train(config: ConfigDict, workdir: pathlib.Path, devices: list[jax.Device] |
                 bar.update(config.batch_size)
                 if step % config.log_every_steps == 0 or last:
                     due.append(step)
-                if due and due[0] <= step - AHEAD:  # that step is done: writing its line, the devices have work
-                    catch_up(step - AHEAD)
+                catch_up(step - AHEAD)  # at each step: to fetch a whole line's figures at once would take too long
                 if step % eval_every == 0 or last:
                     catch_up(step)
                     to_evaluate = True

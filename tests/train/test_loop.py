@@ -116,11 +116,17 @@ def test_asked_to_stop_it_saves_and_goes_on(polls, whole, tmp_path, monkeypatch,
     assert runs.lines(tmp_path) == runs.lines(whole[0])
 
 
-def test_one_compilation_and_no_implicit_transfer(tmp_path, guarded, capfd):
+def test_one_compilation_and_no_implicit_transfer(tmp_path, guarded, capfd, caplog):
     config = runs.config(epochs=5, eval_every_epochs=3, checkpoint_every_epochs=2, keep_checkpoints=2, keep_best=False,
                          profile="3:4")
-    loop.train(config, tmp_path, jax.devices()[:1])
+    jax.config.update("jax_log_compiles", True)  # in all threads
+    try:
+        loop.train(config, tmp_path, jax.devices()[:1])
+    finally:
+        jax.config.update("jax_log_compiles", False)
     assert guarded[0]._cache_size() == 1
+    compiled = [x for x in caplog.messages if x.startswith("Finished XLA compilation of jit(packed_step)")]
+    assert len(compiled) == 1, [x[:80] for x in caplog.messages if "step" in x]
 
     # Beside: every third epoch is evaluated, every second saved, the last both; the newest two saves are kept.
     assert [line["step"] for line in runs.lines(tmp_path) if "eval/acc1" in line] == [66, 110]

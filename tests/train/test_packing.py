@@ -1,12 +1,18 @@
 """Packed states: exactly the same arrays, and the same training."""
 
+import json
+import threading
+import weakref
+
 import jax
 import numpy as np
 import pytest
 
-from fastervit_jax.train import loop, packing, sharding
+from fastervit_jax.train import checkpoint, digest, loop, packing, sharding
+from fastervit_jax.train.checkpoint import Checkpoints
 from fastervit_jax.train.state import abstract_state
 from tests.train import runs
+from tests.train.damage import make_state
 
 CHANGES = {"ema_decay": 0.9, "bn_group_size": 16}
 
@@ -37,6 +43,52 @@ def test_nothing_is_packed_on_a_cpu():
     _, state, _ = runs.parts(runs.config(), sharding.make_mesh(), abstract_state)
     packs = packing.Packing(state)
     assert packs.pack(state) is packs.unpack(state) is state
+
+
+def test_checkpoints_do_not_depend_on_packing(monkeypatch, tmp_path):
+    """What was saved packed has the same digests as what was not, and is restored either way."""
+    mesh = sharding.make_mesh(fsdp=4)
+    _, state, _ = runs.parts(runs.config(**CHANGES), mesh)
+    monkeypatch.setitem(packing.SMALL, "cpu", 3000)
+    packs = packing.Packing(state)
+
+    def opened(packing):
+        return Checkpoints(tmp_path, keep=3, keep_best=False, say=pytest.fail, packing=packing)
+
+    with opened(packs) as checkpoints:
+        checkpoints.save(packs.pack(state), 1)
+        checkpoints.save(packs.pack(state), 2, wait=True)
+        same(checkpoints.restore(digest.abstract(state))[0], state)
+    with opened(None) as checkpoints:
+        same(checkpoints.restore(digest.abstract(state))[0], state)
+        checkpoints.save(state, 3, wait=True)
+    with opened(packs) as checkpoints:
+        restored, meta = checkpoints.restore(digest.abstract(state))
+    same(restored, state)
+    assert meta["step"] == 3
+    digests = [json.loads((tmp_path / "checkpoints" / str(step) / "meta/metadata").read_text())["digests"]
+               for step in (1, 2, 3)]
+    assert digests[0] == digests[1] == digests[2]
+    assert len(digests[0]) == len(jax.tree.leaves(state))
+
+
+def test_spent_states_are_freed_when_nothing_is_saved(monkeypatch, tmp_path):
+    """As a save goes on, arrays that were donated are kept; then they go, two states a step. There is a limit."""
+    going_on = threading.Event()
+    monkeypatch.setattr(checkpoint, "_write", lambda folder, items: going_on.wait(60))
+    state = make_state(1, sharding.make_mesh())
+    with Checkpoints(tmp_path, keep=1, keep_best=False, say=pytest.fail) as checkpoints:
+        checkpoints.save(state, 1)
+        spent = [jax.numpy.ones(i + 1) for i in range(checkpoint.SPENT + 3)]
+        left = [weakref.ref(x) for x in spent]
+        while spent:
+            checkpoints.free(spent.pop(0))
+        assert [x() is None for x in left] == [True] * 3 + [False] * checkpoint.SPENT
+        going_on.set()
+        checkpoints._saving.result()
+        for count in (6, 8):  # the first one also takes the last place
+            checkpoints.free(None)
+            assert sum(x() is None for x in left) == count
 
 
 def test_training_is_the_same(monkeypatch, tmp_path):
