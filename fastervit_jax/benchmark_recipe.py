@@ -10,6 +10,7 @@ import json
 import math
 import os
 import pathlib
+import shutil
 import statistics
 import tempfile
 import time
@@ -211,26 +212,27 @@ def logging_costs(
 
         costs = []
         for _ in range(repeat):
-            state, without, _ = timed(state, 2 * every + AHEAD)
+            state, without, *_ = timed(state, 2 * every + AHEAD)
             in_flight.clear()
             figures.clear()
             meter.start(0)
-            state, with_logs, _ = timed(state, 2 * every + AHEAD, log=log)
+            state, with_logs, *_ = timed(state, 2 * every + AHEAD, log=log)
             costs.append(with_logs / without - 1)
     return state, [statistics.median(costs), min(costs), max(costs)]
 
 
 def save_costs(
-    state: Any, timed: Callable, steps: int, packing: Packing, folder: pathlib.Path, repeat: int
+    state: Any, timed: Callable, packing: Packing, folder: pathlib.Path, repeat: int
 ) -> tuple[Any, list[float], float]:
     """The state after it; by how many steps a save delays the steps beside it, with one and without in turns: median,
     lowest and highest; and the median of the milliseconds for which the call holds the host."""
     costs, held = [], []
-    for i in range(repeat):
-        state, without, _ = timed(state)
-        with Checkpoints(folder / f"saved_{i}", keep=1, keep_best=False, say=print, packing=packing) as checkpoints:
+    for _ in range(repeat):
+        state, without, *_ = timed(state)
+        with Checkpoints(folder, keep=1, keep_best=False, say=print, packing=packing) as checkpoints:
             checkpoints.save(state, 0, wait=True)  # compiles what takes the digests
-            state, with_save, seconds = timed(state, checkpoints=checkpoints)
+            state, with_save, steps, seconds = timed(state, checkpoints=checkpoints)
+        shutil.rmtree(folder / "checkpoints")
         costs.append(steps * (with_save / without - 1))
         held.append(1e3 * seconds)
     return state, [statistics.median(costs), min(costs), max(costs)], statistics.median(held)
@@ -266,27 +268,29 @@ def benchmark_train(
         compile_seconds = time.perf_counter() - start
 
         def timed(state, steps=steps, checkpoints=None, log=lambda step, metrics: None, compiled=compiled, batch=batch):
-            """Seconds a step, and seconds that a save after the first of them held the host."""
+            """The state after it; seconds a step; how many there were: with a save, after the first of them, at least
+            until it is done; seconds for which the save held the host."""
             state, metrics = jax.block_until_ready(compiled(state, batch))
-            start, held, before = time.perf_counter(), 0.0, collections.deque([metrics], AHEAD)
-            for i in range(steps):
+            start, held, before, done = time.perf_counter(), 0.0, collections.deque([metrics], AHEAD), 0
+            while done < steps or (checkpoints and checkpoints.saving):
                 spent, (state, metrics) = state, compiled(state, batch)
                 if checkpoints:
                     checkpoints.free(spent)
-                if i == 0 and checkpoints:
+                if done == 0 and checkpoints:
                     jax.block_until_ready(metrics)  # as in training, whose checkpoints have the figures of all steps
                     asked = time.perf_counter()
                     checkpoints.save(state, checkpoints.latest + 1)
                     held = time.perf_counter() - asked
                 jax.block_until_ready(before[0])  # as in training, the host is a step or two ahead
                 before.append(metrics)
-                log(i + 1, metrics)
+                done += 1
+                log(done, metrics)
             jax.block_until_ready(metrics)
-            return state, (time.perf_counter() - start) / steps, held
+            return state, (time.perf_counter() - start) / done, done, held
 
         seconds = []
         for _ in range(repeat):
-            state, step, _ = timed(state)
+            state, step, *_ = timed(state)
             seconds.append(step)
         step = statistics.median(seconds)
         rate = own.batch_size / step
@@ -298,7 +302,7 @@ def benchmark_train(
                 names = "logging_costs", "lowest_logging_costs", "highest_logging_costs"
                 more |= dict(zip(names, costs, strict=True))
             if save:
-                state, costs, held = save_costs(state, timed, steps, packing, pathlib.Path(folder), repeat)
+                state, costs, held = save_costs(state, timed, packing, pathlib.Path(folder), repeat)
                 names = "save_costs_steps", "lowest_save_costs_steps", "highest_save_costs_steps"
                 more |= {"save_holds_host_ms": held, **dict(zip(names, costs, strict=True))}
         memory = [device.memory_stats() or {} for device in mesh.local_devices]

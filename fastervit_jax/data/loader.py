@@ -375,7 +375,7 @@ def train_order(source: Source, config: ConfigDict) -> tuple[grain.MapDataset, R
 
 
 def abstract_batch(config: ConfigDict, sharding: jax.sharding.NamedSharding) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes and dtypes of what `train_batches` gives."""
+    """Shapes, dtypes and shardings of the batches that `train_batches` gives."""
     images = config.batch_size
     image = (*image_sides(config), config.model.in_chans)
     shapes = {"image": ((images, *image), np.uint8), "label": ((images,), np.int32), "weight": ((images,), np.float32)}

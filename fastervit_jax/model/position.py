@@ -49,7 +49,8 @@ def absolute_coordinates(rows: int, cols: int) -> np.ndarray:
 
 
 def _of_two(coordinates: Float[Array, "n 2"], kernel: Float[Array, "2 f"], *_: Any, **__: Any) -> Float[Array, "n f"]:
-    """The product as two multiplications, which are one pass with what comes after them, and exact on GPUs, too."""
+    """The product as two multiplications: XLA fuses them with bias and ReLU, and on GPUs they are in float32, where
+    products are in TF32. What else `Dense` says (dimension numbers, precision) does not matter here."""
     return coordinates[:, :1] * kernel[:1] + coordinates[:, 1:] * kernel[1:]
 
 

@@ -41,10 +41,10 @@ UNFINISHED = ".orbax-checkpoint-tmp"
 TIMEOUT = 3600.0
 """Seconds that a process waits for the others, some of which may have more to write."""
 TURN = 1e-5
-"""Seconds after which Python's threads take turns during a save (otherwise 0.005). The thread that trains waits for
-one a few times a step, and has a step's half before the devices run out of work."""
+"""Seconds after which a thread of Python has to give way to another during a save (otherwise 0.005). The thread that
+trains waits so long a few times a step; where that adds up to half a step, the devices run out of work."""
 SPENT = 256
-"""States of which arrays are left to be freed after a save, at most: a step each."""
+"""At most so many spent states, one a step, are kept until a save is over."""
 GROUPS = itertools.count()
 
 
@@ -304,7 +304,8 @@ def _compiled_copy(leaves: tuple[jax.ShapeDtypeStruct, ...]) -> jax.stages.Compi
 
 
 def _has_room(state: Any) -> bool:
-    """Whether the devices can hold another one, going by the most that they have held."""
+    """Whether the devices can hold another one, going by the most that they have held. What unpacking it takes, the
+    small arrays once more, is left out."""
     sizes = {}
     for x in jax.tree.leaves(state):
         for shard in x.addressable_shards:
@@ -372,6 +373,11 @@ class Checkpoints(contextlib.AbstractContextManager):
     def best(self) -> dict[str, Any] | None:
         """{"step": ..., "acc1": ...} of the best evaluation so far, whether or not its step could be saved."""
         return self._best
+
+    @property
+    def saving(self) -> bool:
+        """Whether a save is under way."""
+        return self._saving is not None and not self._saving.done()
 
     @property
     def latest(self) -> int | None:
@@ -448,10 +454,10 @@ class Checkpoints(contextlib.AbstractContextManager):
         raise CheckpointError(f"step {step} could not be saved, in two tries: {error}")
 
     def free(self, spent: Any) -> None:
-        """For a state that was donated: what is left of it, the arrays without their memory, is freed when nothing is
-        being saved. To free an array is to wait for a turn of Python's threads, of which saving is one."""
+        """For a state that was donated: what is left of it, arrays without memory, is freed when nothing is saved. To
+        free an array gives up Python's lock, and the thread that saves would take it, for each of them."""
         self._spent.append(spent)
-        if self._saving is None or self._saving.done():
+        if not self.saving:
             for _ in range(min(2, len(self._spent))):
                 self._spent.popleft()
 

@@ -89,13 +89,13 @@ class Digests:
         groups = packing.groups if packing else [[i] for i in range(len(named))]
         self.names = [named[i] for group in groups for i in group]
         leaves = jax.tree.leaves(packing.abstract if packing else abstract(tree))
-        parts, values = [], AT_ONCE
+        parts, values = [], 0
         for group, x in zip(groups, leaves, strict=True):
             if x.dtype.itemsize not in WORDS or not jnp.issubdtype(x.dtype, np.generic):
                 raise TypeError(
                     f"{named[group[0]]} has dtype {x.dtype}: expected numbers or bools of at most 4 bytes")
             size = math.prod(x.sharding.shard_shape(x.shape))
-            if values + size > AT_ONCE:
+            if not parts or values + size > AT_ONCE:
                 parts.append([])
                 values = 0
             parts[-1].append((x, len(group)))

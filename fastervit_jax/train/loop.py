@@ -84,11 +84,12 @@ def train(config: ConfigDict, workdir: pathlib.Path, devices: list[jax.Device] |
             workdir, keep=config.keep_checkpoints, keep_best=config.keep_best, say=say, packing=packing))
         if checkpoints.latest is not None:
             metrics.check_config(workdir, config)  # first: another model's checkpoint would look damaged
-        # The step is compiled while the state is read or made; not where weights may turn out not to fit, of which one
-        # would be told when it is done.
+        # The step is compiled while the state is read or made; not where weights may turn out not to fit: a process
+        # ends only when its compilation does.
         compiling, fresh = None, checkpoints.latest is None
         if jax.process_count() == 1 and (not config.init_from if fresh else checkpoints.latest < total_steps):
-            worker = stack.enter_context(concurrent.futures.ThreadPoolExecutor(1, "compilation"))
+            worker = concurrent.futures.ThreadPoolExecutor(1, "compilation")
+            stack.callback(worker.shutdown, wait=False, cancel_futures=True)  # an error is told at once
             batch = loader.abstract_batch(config, sharding.over_batch(mesh))
             compiling = worker.submit(lambda: train_step.lower(packing.abstract, batch).compile())
         restored = checkpoints.restore(abstract)
@@ -134,7 +135,7 @@ def train(config: ConfigDict, workdir: pathlib.Path, devices: list[jax.Device] |
             ready = [step for step in in_flight if step[0] <= last]
             del in_flight[:len(ready)]
             figures.extend(_fetch(ready))
-            if figures and figures[-1][0]["bad_steps_in_row"] >= config.max_bad_steps:
+            if ready and figures[-1][0]["bad_steps_in_row"] >= config.max_bad_steps:
                 raise TrainingError(config.max_bad_steps, int(packing.unpack(packed).step))
             while due and due[0] <= last:
                 log(due.popleft())
@@ -192,6 +193,7 @@ def train(config: ConfigDict, workdir: pathlib.Path, devices: list[jax.Device] |
             del state, restored  # their memory is the first step's
             if compiling:
                 compiling.result()  # not used: JAX knows now what to call
+                compiling = None
             for step in range(first_step + 1, total_steps + 1):
                 going_on()
                 with meter.waiting():
@@ -215,7 +217,7 @@ def train(config: ConfigDict, workdir: pathlib.Path, devices: list[jax.Device] |
                 bar.update(config.batch_size)
                 if step % config.log_every_steps == 0 or last:
                     due.append(step)
-                catch_up(step - AHEAD)  # at each step: to fetch a whole line's figures at once would take too long
+                catch_up(step - AHEAD)  # at each step: to fetch a whole line's figures would hold the host up
                 if step % eval_every == 0 or last:
                     catch_up(step)
                     to_evaluate = True

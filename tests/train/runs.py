@@ -89,6 +89,21 @@ def stopping(monkeypatch, after: int):
             yield
 
 
+@contextlib.contextmanager
+def logged_compilations():
+    """For `compilations`: those of all threads."""
+    jax.config.update("jax_log_compiles", True)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_log_compiles", False)
+
+
+def compilations(caplog, function: str) -> int:
+    """How often a function was compiled."""
+    return sum(text.startswith(f"Finished XLA compilation of jit({function})") for text in caplog.messages)
+
+
 def lines(workdir: pathlib.Path) -> list[dict]:
     """What the run wrote into metrics.jsonl."""
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]

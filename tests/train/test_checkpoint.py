@@ -426,6 +426,20 @@ def test_old_step_that_cannot_be_removed(opened, states, tmp_path, told, monkeyp
     assert folders(tmp_path) == ["3"]
 
 
+def test_the_copy_is_given_up_when_it_is_written(opened, states, monkeypatch):
+    write, finish, live = checkpoint._write, checkpoint._finish, []
+
+    def then(function, *args):
+        live.append(sum(x.nbytes for x in jax.live_arrays()))
+        return function(*args)
+
+    monkeypatch.setattr(checkpoint, "_write", lambda *args: then(write, *args))
+    monkeypatch.setattr(checkpoint, "_finish", lambda *args: then(finish, *args))
+    with opened() as checkpoints:
+        checkpoints.save(states[1], 1)
+    assert live[0] - live[1] == sum(x.nbytes for x in jax.tree.leaves(states[1]))
+
+
 def test_no_room_for_a_copy(opened, states, told, monkeypatch):
     monkeypatch.setattr(checkpoint, "_has_room", lambda state: False)
     with opened() as checkpoints:

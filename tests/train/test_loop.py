@@ -119,14 +119,10 @@ def test_asked_to_stop_it_saves_and_goes_on(polls, whole, tmp_path, monkeypatch,
 def test_one_compilation_and_no_implicit_transfer(tmp_path, guarded, capfd, caplog):
     config = runs.config(epochs=5, eval_every_epochs=3, checkpoint_every_epochs=2, keep_checkpoints=2, keep_best=False,
                          profile="3:4")
-    jax.config.update("jax_log_compiles", True)  # in all threads
-    try:
+    with runs.logged_compilations():
         loop.train(config, tmp_path, jax.devices()[:1])
-    finally:
-        jax.config.update("jax_log_compiles", False)
     assert guarded[0]._cache_size() == 1
-    compiled = [x for x in caplog.messages if x.startswith("Finished XLA compilation of jit(packed_step)")]
-    assert len(compiled) == 1, [x[:80] for x in caplog.messages if "step" in x]
+    assert runs.compilations(caplog, "packed_step") == 1
 
     # Beside: every third epoch is evaluated, every second saved, the last both; the newest two saves are kept.
     assert [line["step"] for line in runs.lines(tmp_path) if "eval/acc1" in line] == [66, 110]
@@ -303,9 +299,10 @@ def test_unreadable_images_are_in_their_line_once(tmp_path, monkeypatch):
     assert runs.lines(tmp_path / "stopped") == lines
 
 
-def test_updates_that_are_not_finite_end_the_run_where_they_should(tmp_path, monkeypatch):
-    """Steps 6 to 8 are skipped, the state saved; going on, the lines are those of a run that bore with them."""
-    make_train_step, bad = loop.make_train_step, {6, 7, 8, 9, 10}
+@pytest.mark.parametrize(("first", "lines"), [(6, [(4, 0), (8, 3)]), (5, [(4, 0)])])  # ending with a line, or not
+def test_updates_that_are_not_finite_end_the_run_where_they_should(first, lines, tmp_path, monkeypatch):
+    """Three steps are skipped, the state saved; going on, the lines are those of a run that bore with them."""
+    make_train_step, bad = loop.make_train_step, set(range(first, first + 5))
 
     def make_other_step(*args):
         train_step = make_train_step(*args)
@@ -319,10 +316,10 @@ def test_updates_that_are_not_finite_end_the_run_where_they_should(tmp_path, mon
 
     monkeypatch.setattr(loop, "make_train_step", make_other_step)
     device = jax.devices()[:1]
-    with pytest.raises(loop.TrainingError, match=r"steps 6 to 8 were skipped.*saved as step 8"):
+    with pytest.raises(loop.TrainingError, match=f"steps {first} to {first + 2} were skipped.*as step {first + 2}"):
         loop.train(few(max_bad_steps=3), tmp_path / "ended", device)
-    assert [(line["step"], line["train/bad_steps"]) for line in runs.lines(tmp_path / "ended")] == [(4, 0), (8, 3)]
-    bad -= {9, 10}
+    assert [(line["step"], line["train/bad_steps"]) for line in runs.lines(tmp_path / "ended")] == lines
+    bad -= {first + 3, first + 4}
     loop.train(few(max_bad_steps=3), tmp_path / "ended", device)
     loop.train(few(max_bad_steps=4), tmp_path / "whole", device)
     assert runs.lines(tmp_path / "ended") == runs.lines(tmp_path / "whole")

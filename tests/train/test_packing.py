@@ -73,7 +73,7 @@ def test_checkpoints_do_not_depend_on_packing(monkeypatch, tmp_path):
 
 
 def test_spent_states_are_freed_when_nothing_is_saved(monkeypatch, tmp_path):
-    """As a save goes on, arrays that were donated are kept; then they go, two states a step. There is a limit."""
+    """As a save goes on, what is spent is kept; then it goes, two states a step. There is a limit."""
     going_on = threading.Event()
     monkeypatch.setattr(checkpoint, "_write", lambda folder, items: going_on.wait(60))
     state = make_state(1, sharding.make_mesh())
@@ -91,8 +91,9 @@ def test_spent_states_are_freed_when_nothing_is_saved(monkeypatch, tmp_path):
             assert sum(x() is None for x in left) == count
 
 
-def test_training_is_the_same(monkeypatch, tmp_path):
-    """Stopped and going on, too: figures, evaluations and checkpoints are those of a run that packs nothing."""
+def test_training_is_the_same(monkeypatch, tmp_path, caplog):
+    """Stopped and going on, too: figures, evaluations and checkpoints are those of a run that packs nothing. Each time
+    the step is compiled once."""
     config = runs.config(**CHANGES)
     loop.train(config, tmp_path / "plain")
     monkeypatch.setitem(packing.SMALL, "cpu", 2**16)
@@ -111,11 +112,13 @@ def test_training_is_the_same(monkeypatch, tmp_path):
         step.lower = train_step.lower
         return step
 
-    with monkeypatch.context() as patch:
+    with runs.logged_compilations(), monkeypatch.context() as patch:
         patch.setattr(loop, "make_train_step", make_stopping_step)
         with pytest.raises(runs.Stopped):
             loop.train(config, tmp_path / "packed")
-    loop.train(config, tmp_path / "packed")
+        patch.setattr(loop, "make_train_step", make_train_step)
+        loop.train(config, tmp_path / "packed")
+    assert runs.compilations(caplog, "packed_step") == 2
     plain, packed = (runs.lines(tmp_path / name) for name in ("plain", "packed"))
     assert [line["step"] for line in plain] == [line["step"] for line in packed]
     for a, b in zip(plain, packed, strict=True):

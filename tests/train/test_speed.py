@@ -215,7 +215,7 @@ def test_model_flops():
     model = fv.create_model("faster_vit_0_224")
     many = speed.model_flops(model, shapes(model, 224), (224, 224), 1024)
     assert many == pytest.approx(2 * 3.3e9, rel=0.02)
-    assert many == 6723949432.0
+    assert many == 6723943856.0  # without the first layers of position networks, which are not computed as products
 
     tiny = fv.create_model("faster_vit_0_224", dim=8, in_dim=8, depths=(1, 1, 1, 1), num_classes=10)
     variables = shapes(tiny, 64)
