@@ -12,26 +12,23 @@ import asyncio
 import collections
 import concurrent.futures
 import contextlib
-import functools
-import gc
 import itertools
 import json
 import math
 import os
 import pathlib
 import shutil
-import sys
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from etils import epath
 from jax._src import distributed  # no public function talks to other processes from a thread
 
 from fastervit_jax.train import digest
+from fastervit_jax.train.beside import compiled_copy, fits, has_room, in_small_turns
 from fastervit_jax.train.digest import Digests
 from fastervit_jax.train.packing import Packing
 from fastervit_jax.train.state import TrainState
@@ -40,9 +37,6 @@ VERSION = 1
 UNFINISHED = ".orbax-checkpoint-tmp"
 TIMEOUT = 3600.0
 """Seconds that a process waits for the others, some of which may have more to write."""
-TURN = 1e-5
-"""Seconds after which a thread of Python has to give way to another during a save (otherwise 0.005). The thread that
-trains waits so long a few times a step; where that adds up to half a step, the devices run out of work."""
 SPENT = 256
 """At most so many spent states, one a step, are kept until a save is over."""
 GROUPS = itertools.count()
@@ -275,48 +269,6 @@ def restore_variables(
     return meta["step"], restored["ema"] if ema else restored
 
 
-@contextlib.contextmanager
-def _in_small_turns() -> Iterator[None]:
-    """Threads of Python take turns of TURN seconds, not 0.005, and none stops all others to collect garbage.
-
-    For orbax's work on each array, a second or two of it, beside a thread that has steps to dispatch.
-    """
-    turns, collects = sys.getswitchinterval(), gc.isenabled()
-    sys.setswitchinterval(TURN)
-    gc.disable()
-    try:
-        yield
-    finally:
-        sys.setswitchinterval(turns)
-        if collects:
-            gc.enable()
-
-
-def _fits(tree: Any, target: Any) -> bool:
-    return all(x.sharding == y.sharding or x.sharding.is_equivalent_to(y.sharding, x.ndim) for x, y in
-               zip(jax.tree.leaves(tree), jax.tree.leaves(target), strict=True))
-
-
-@functools.lru_cache(maxsize=4)
-def _compiled_copy(leaves: tuple[jax.ShapeDtypeStruct, ...]) -> jax.stages.Compiled:
-    where = [x.sharding for x in leaves]
-    return jax.jit(lambda arrays: [jnp.copy(x) for x in arrays], out_shardings=where).lower(list(leaves)).compile()
-
-
-def _has_room(state: Any) -> bool:
-    """Whether the devices can hold another one, going by the most that they have held. What unpacking it takes, the
-    small arrays once more, is left out."""
-    sizes = {}
-    for x in jax.tree.leaves(state):
-        for shard in x.addressable_shards:
-            sizes[shard.device] = sizes.get(shard.device, 0) + shard.data.nbytes
-    for device, size in sizes.items():
-        memory = device.memory_stats() or {}
-        if memory.get("peak_bytes_in_use", 0) + size > memory.get("bytes_limit", math.inf):
-            return False
-    return True
-
-
 class Checkpoints(contextlib.AbstractContextManager):
     """The checkpoints in WORKDIR/checkpoints: the newest `keep` of them and, with `keep_best`, the best one.
 
@@ -364,7 +316,7 @@ class Checkpoints(contextlib.AbstractContextManager):
         """Starts it, in the background."""
         self._target = self._packing.abstract if self._packing else digest.abstract(state)
         self._digests = self._worker.submit(Digests, state, self._packing)
-        self._copy = self._worker.submit(_compiled_copy, tuple(jax.tree.leaves(self._target)))
+        self._copy = self._worker.submit(compiled_copy, tuple(jax.tree.leaves(self._target)))
 
     def _digests_of(self, state: TrainState) -> list[dict[str, str]]:
         return self._digests.result().of(self._packing.pack(state) if self._packing else state)
@@ -432,11 +384,11 @@ class Checkpoints(contextlib.AbstractContextManager):
         acc1 = None if acc1 is None or not math.isfinite(acc1) else float(acc1)
         if self.is_best(acc1):
             self._best = {"step": step, "acc1": acc1}
-        if self._target is None or not _fits(state, self._target):
+        if self._target is None or not fits(state, self._target):
             self._compile(digest.abstract(self._packing.unpack(state) if self._packing else state))
         digests, copy = self._digests.result(), self._copy.result()
         if self._copies is None:
-            self._copies = _has_room(state)
+            self._copies = has_room(state)
             if not self._copies:
                 self._say("the devices have no room for a copy of the training state: training waits for each save")
         meta = {"step": step, "acc1": acc1, "best": self._best, "extra": extra}
@@ -479,7 +431,7 @@ class Checkpoints(contextlib.AbstractContextManager):
         saving, self._saving = self._saving, None
         return saving.result() if saving else ""
 
-    @_in_small_turns()
+    @in_small_turns()
     def _save(self, number: int, given: list[Any], meta: dict[str, Any], digests: Digests, sums: Any) -> str:
         """Writes a step, in the worker's thread, and takes its state out of the list. Returns what went wrong in any
         process."""

@@ -441,7 +441,7 @@ def test_the_copy_is_given_up_when_it_is_written(opened, states, monkeypatch):
 
 
 def test_no_room_for_a_copy(opened, states, told, monkeypatch):
-    monkeypatch.setattr(checkpoint, "_has_room", lambda state: False)
+    monkeypatch.setattr(checkpoint, "has_room", lambda state: False)
     with opened() as checkpoints:
         for step in (1, 2):
             checkpoints.save(states[step], step)
@@ -466,7 +466,7 @@ def test_room_for_a_copy(memory, room):
     device = Device()
     shard = types.SimpleNamespace(device=device, data=np.zeros(50, np.float32))
     array = types.SimpleNamespace(addressable_shards=[shard])
-    assert checkpoint._has_room([array, array]) == room
+    assert checkpoint.has_room([array, array]) == room
 
 
 # In processes of their own
