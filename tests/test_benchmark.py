@@ -52,4 +52,4 @@ def test_train():
     assert line["images_per_second"] == pytest.approx(8e3 / line["step_ms"], rel=1e-3)
     assert line["save_holds_host_ms"] > 0
     # With one round they are the same. The steps beside it go on until it is done, on the same two cores.
-    assert line["save_costs_steps"] == line["lowest_save_costs_steps"] == line["highest_save_costs_steps"] > -100
+    assert line["save_costs_steps"] == line["lowest_save_costs_steps"] == line["highest_save_costs_steps"]

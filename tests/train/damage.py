@@ -49,6 +49,10 @@ def make_state(seed: int, mesh: jax.sharding.Mesh) -> TrainState:
     return jax.device_put(state, sharding.shardings(state, mesh))
 
 
+def folders(workdir):
+    return sorted(path.name for path in (workdir / "checkpoints").iterdir())
+
+
 def same(x: TrainState, y: TrainState) -> bool:
     """Bit for bit."""
     return jax.tree.structure(x) == jax.tree.structure(y) and all(

@@ -1,51 +1,24 @@
 """Checkpoints: what comes back is what was saved, and nothing that happens to the files gives anything else."""
 
 import json
-import os
 import pathlib
 import re
 import shutil
-import signal
 import subprocess
 import sys
-import textwrap
 import types
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec
 
 from fastervit_jax.train import checkpoint, digest, sharding
 from fastervit_jax.train.checkpoint import CheckpointError, Checkpoints
-from tests import QUICKLY
-from tests.train.damage import make_state, same
-from tests.train.test_processes import free_port
+from tests.train.damage import folders, make_state, same
 
 ROOT = pathlib.Path(__file__).parents[2]
 FSDP = sharding.make_mesh(data=2, fsdp=4)
-
-
-@pytest.fixture(scope="module")
-def states():
-    return {step: make_state(step, FSDP) for step in range(1, 6)}
-
-
-@pytest.fixture
-def told():
-    return []
-
-
-@pytest.fixture
-def opened(tmp_path, told):
-    """Opens the checkpoints of a run."""
-
-    def open_(keep=3, keep_best=True):
-        return Checkpoints(tmp_path, keep=keep, keep_best=keep_best, say=told.append)
-
-    return open_
 
 
 @pytest.fixture(scope="module")
@@ -63,85 +36,12 @@ def copied(saved, tmp_path):
     shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
 
 
-def folders(workdir):
-    return sorted(path.name for path in (workdir / "checkpoints").iterdir())
-
-
 def rewrite(path, **changes):
     """Meta that is whole, but other than it was."""
     meta = json.loads(path.read_text())
     del meta["checksum"]
     meta |= changes
     path.write_text(json.dumps({**meta, "checksum": checkpoint._checksum(meta)}))
-
-
-# Digests
-
-
-def mixed(x):
-    x = x.astype(np.uint64)
-    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
-        x = ((x ^ (x >> np.uint64(shift))) * np.uint64(factor)) & np.uint64(0xFFFFFFFF)
-    return x ^ (x >> np.uint64(16))
-
-
-def expected_digest(x):
-    """In plain NumPy: two sums over values and their places in the whole array."""
-    x = np.ascontiguousarray(x)
-    words = x.ravel().view(f"u{x.itemsize}").astype(np.uint64)
-    keys = mixed((np.arange(words.size, dtype=np.uint64) + np.uint64(0x9E3779B9)) & np.uint64(0xFFFFFFFF))
-    first = mixed(words ^ keys)
-    second = mixed((first + np.uint64(0x85EBCA6B)) & np.uint64(0xFFFFFFFF))
-    return "".join(f"{int(x.sum()) & 0xFFFFFFFF:08x}" for x in (first, second))
-
-
-def digests(tree):
-    compiled = digest.Digests(tree)
-    found = compiled.read(compiled.start(tree))
-    assert len(found) == len(jax.tree.leaves(tree)[0].sharding.device_set)
-    assert all(texts == found[0] for texts in found)
-    return found[0]
-
-
-@pytest.mark.parametrize("shape", [(1, 1), (8, 1), (1, 8), (2, 4), (4, 2)])
-def test_digests_are_the_same_however_arrays_lie(shape, monkeypatch):
-    mesh = sharding.make_mesh(jax.devices()[:shape[0] * shape[1]], data=shape[0], fsdp=shape[1])
-    state = make_state(3, mesh)
-    expected = {name: expected_digest(np.asarray(x))
-                for name, x in zip(digest.names(state), jax.tree.leaves(state), strict=True)}
-    assert len(set(expected.values())) == 40  # some scalars, and arrays of ones, are the same
-    assert digests(state) == expected
-    if shape == (2, 4):
-        both = NamedSharding(mesh, PartitionSpec("fsdp", "data"))
-        kernel = jax.device_put(state.params["layer_0"]["kernel"], both)
-        assert digests({"kernel": kernel})["kernel"] == expected["params/layer_0/kernel"]
-        monkeypatch.setattr(digest, "AT_ONCE", 1000)  # in many programs
-        assert digests(state) == expected
-
-
-@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16, np.int32, np.uint32, np.int8, np.bool_])
-def test_digests_see_every_change(dtype):
-    x = np.random.default_rng(0).integers(0, 2, (4, 6)).astype(dtype)
-    x[0, :2] = 0, 1
-    changed = {"one value": x.copy(), "swapped": x.copy(), "moved": np.roll(x, 1, axis=0), "turned": x.T.copy()}
-    changed["one value"][2, 3] = ~x[2, 3] if dtype == np.bool_ else x[2, 3] + dtype(1)
-    changed["swapped"][0, :2] = 1, 0
-    if np.dtype(dtype).kind in "fV":
-        word = f"u{x.itemsize}"
-        changed |= {name: x.copy() for name in ("minus zero", "nan", "another nan")}
-        changed["minus zero"][0, 0] = -0.0
-        changed["nan"][0, 0] = np.nan
-        changed["another nan"][0, 0] = np.nan
-        changed["another nan"].view(word)[0, 0] += 1
-    arrays = jax.tree.map(jnp.asarray, {"x": x, **changed})
-    found = digests(arrays)
-    assert len(set(found.values())) == len(found)
-    assert found == {name: expected_digest(np.asarray(x)) for name, x in arrays.items()}
-
-
-def test_no_digest_of_what_has_more_bytes():
-    with pytest.raises(TypeError, match="state/key has dtype key<fry>: expected numbers or bools of at most 4 bytes"):
-        digest.Digests({"state": {"key": jax.random.key(0)}})
 
 
 # What comes back
@@ -467,140 +367,3 @@ def test_room_for_a_copy(memory, room):
     shard = types.SimpleNamespace(device=device, data=np.zeros(50, np.float32))
     array = types.SimpleNamespace(addressable_shards=[shard])
     assert checkpoint.has_room([array, array]) == room
-
-
-# In processes of their own
-
-FULL = """
-    import json, os, pathlib, signal, sys
-    from fastervit_jax.train import checkpoint, sharding
-    from tests.train.damage import make_state, same
-
-    states = {step: make_state(step, sharding.make_mesh()) for step in (1, 2, 3, 4)}
-    small, killed = map(pathlib.Path, sys.argv[1:])
-    told = []
-    with checkpoint.Checkpoints(small, keep=4, keep_best=True, say=told.append) as checkpoints:
-        checkpoints.save(states[1], 1, wait=True)
-        room = 150_000
-        with open(small / "ballast", "wb", buffering=0) as ballast:
-            try:
-                while True:
-                    ballast.write(bytes(4096))
-            except OSError:
-                ballast.truncate(ballast.tell() - room)
-        checkpoints.save(states[2], 2)
-        checkpoints._wait()
-        free = os.statvfs(small).f_bavail * os.statvfs(small).f_frsize
-        (small / "ballast").unlink()
-        checkpoints.save(states[3], 3)
-        checkpoints.save(states[4], 4)
-    with checkpoint.Checkpoints(small, keep=4, keep_best=True, say=told.append) as checkpoints:
-        restored = same(checkpoints.restore(states[1])[0], states[4])
-    print(json.dumps([told, sorted(os.listdir(small / "checkpoints")), restored, free > room - 10_000]))
-"""
-KILLED = """
-    sys.stdout.flush()
-    with checkpoint.Checkpoints(killed, keep=4, keep_best=True, say=print) as checkpoints:
-        checkpoints.save(states[1], 1, wait=True)
-        checkpoint._finish = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
-        checkpoints.save(states[2], 2)
-"""
-
-
-def test_full_disk_and_sudden_death(opened, states, tmp_path):
-    small = tmp_path / "small"
-    small.mkdir()
-    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", small], capture_output=True, text=True)
-    if mount.returncode:
-        pytest.skip(f"a small disk cannot be mounted: {mount.stderr.strip()}")
-    try:
-        code = textwrap.dedent(FULL) + textwrap.dedent(KILLED)
-        done = subprocess.run([sys.executable, "-c", code, small, tmp_path], cwd=ROOT, capture_output=True, text=True)
-    finally:
-        subprocess.run(["umount", small], check=True)
-    assert done.returncode == -signal.SIGKILL, done.stderr
-    (told, *rest), = map(json.loads, done.stdout.splitlines())
-    assert rest == [["1", "3", "4"], True, True]
-    assert len(told) == 1
-    assert told[0].startswith("the save of step 2 failed (")
-    assert told[0].endswith("; nothing of it is kept. The newest checkpoint is that of step 1")
-    assert "No space left on device" in told[0]
-
-    unfinished = folders(tmp_path)
-    assert unfinished[0] == "1"
-    assert [name.partition(".")[0] for name in unfinished] == ["1", "2"]
-    with opened() as checkpoints:
-        assert same(checkpoints.restore(states[2])[0], states[1])
-        checkpoints.save(states[2], 2)
-    assert folders(tmp_path) == ["1", "2"]
-
-
-SEVERAL = """
-    import json, pathlib, shutil, sys
-    import jax
-    import numpy as np
-    from jax.experimental import multihost_utils
-    from fastervit_jax.train import checkpoint, processes, sharding
-    from tests.train.damage import make_state
-
-    port, process, workdir = int(sys.argv[1]), int(sys.argv[2]), pathlib.Path(sys.argv[3])
-    told, write, read = [], checkpoint._write, checkpoint._read
-
-    def failing(*_):
-        raise OSError("only here")
-
-    def same(x, y):
-        return all(np.asarray(a.data).tobytes() == np.asarray(b.data).tobytes()
-                   for x, y in zip(jax.tree.leaves(x), jax.tree.leaves(y), strict=True)
-                   for a, b in zip(x.addressable_shards, y.addressable_shards, strict=True))
-
-    with processes.started(coordinator=f"127.0.0.1:{port}", processes=2, process=process):
-        mesh = sharding.make_mesh(data=2, fsdp=2)
-        mesh = jax.sharding.Mesh(mesh.devices.T, mesh.axis_names, axis_types=mesh.axis_types)  # both have halves
-        states = {step: make_state(step, mesh) for step in range(1, 6)}
-        with checkpoint.Checkpoints(workdir, keep=9, keep_best=True, say=told.append) as checkpoints:
-            for step in (1, 2, 3):
-                checkpoints.save(states[step], step, acc1=0.1 * step)
-            checkpoints._wait()
-            checkpoint._write = failing if process else write
-            checkpoints.save(states[4], 4)
-            checkpoints._wait()
-            checkpoint._write = write
-            checkpoints.save(states[5], 5)
-        found = []
-        if process == 0:
-            file = max((workdir / "checkpoints" / "5").rglob("ocdbt.process_1/d/*"), key=lambda x: x.stat().st_size)
-            content = bytearray(file.read_bytes())
-            content[len(content) // 2] ^= 16
-            file.write_bytes(content)
-        multihost_utils.sync_global_devices("damaged")
-        for fails in (False, True):
-            if fails and process:
-                checkpoint._read = lambda *args: failing() if args[0].name == "3" else read(*args)
-            with checkpoint.Checkpoints(workdir, keep=9, keep_best=True, say=told.append) as checkpoints:
-                state, meta = checkpoints.restore(states[1])
-                found.append([meta["step"], same(state, states[meta["step"]]), checkpoints.latest])
-    print(json.dumps([found, told]))
-"""
-
-
-def test_several_processes_decide_as_one(tmp_path):
-    port = free_port()
-    environment = {**os.environ, "XLA_FLAGS": f"{QUICKLY} --xla_force_host_platform_device_count=2"}
-    running = [subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(SEVERAL), str(port), str(process), tmp_path], cwd=ROOT, text=True,
-        env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE) for process in (0, 1)]
-    try:
-        outputs = [process.communicate(timeout=300) for process in running]
-    finally:
-        for process in running:
-            process.kill()
-    assert [process.returncode for process in running] == [0, 0], "\n".join(error for _, error in outputs)
-    (found, told), other = (json.loads(output.splitlines()[-1]) for output, _ in outputs)
-    assert other == [found, told]
-    assert found == [[3, True, 3], [2, True, 2]]
-    assert folders(tmp_path) == ["1", "2", "damaged_3", "damaged_5"]
-    assert len(told) == 3
-    assert "the save of step 4 failed (process 1: OSError: only here)" in told[0]
-    assert "the checkpoint of step 5 is damaged (process " in told[1]
-    assert "the checkpoint of step 3 is damaged (process 1: OSError: only here)" in told[2]
