@@ -277,7 +277,6 @@ def benchmark_train(
                 if checkpoints:
                     checkpoints.free(spent)
                 if done == 0 and checkpoints:
-                    jax.block_until_ready(metrics)  # as in training, whose checkpoints have the figures of all steps
                     asked = time.perf_counter()
                     checkpoints.save(state, checkpoints.latest + 1)
                     held = time.perf_counter() - asked

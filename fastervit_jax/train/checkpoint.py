@@ -374,7 +374,8 @@ class Checkpoints(contextlib.AbstractContextManager):
     ) -> None:
         """Start to save the state, which has done `step` steps; it may be donated afterwards. Told if it fails.
 
-        `acc1` is the accuracy that it was evaluated to have; `extra`, of what JSON can hold, is kept in the meta. A
+        `acc1` is the accuracy that it was evaluated to have; `extra`, of what JSON can hold, is kept in the meta, or
+        what it returns: as a function it is called by the thread that saves, and may wait for figures of the step. A
         step that is there is not saved again. With `wait`, also finish; a save that fails is tried once more then, and
         CheckpointError is raised if that fails, too.
         """
@@ -442,9 +443,11 @@ class Checkpoints(contextlib.AbstractContextManager):
             item_names = list(items)
             _, error = self._group.do(lambda: self._begin(folder, item_names), only_first=True)
         if not error:
-            written, error = self._group.do(lambda: (digests.read(sums)[0], _write(folder, items)))
+            extra = meta["extra"]
+            written, error = self._group.do(
+                lambda: (digests.read(sums)[0], extra() if callable(extra) else extra, _write(folder, items)))
         if not error:
-            meta = {**meta, "digests": written[0]}
+            meta = {**meta, "digests": written[0], "extra": written[1]}
             _, error = self._group.do(lambda: _finish(folder, self._root / str(step), item_names, meta),
                                       only_first=True)
         if error:

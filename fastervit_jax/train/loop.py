@@ -140,9 +140,16 @@ def train(config: ConfigDict, workdir: pathlib.Path, devices: list[jax.Device] |
             while due and due[0] <= last:
                 log(due.popleft())
 
-        def extra() -> dict[str, Any]:
-            return {"figures": [step for step, _ in figures], "bad_records": _unreadable(figures),
-                    "to_evaluate": to_evaluate}
+        def extra() -> Callable[[], dict[str, Any]]:
+            """What a checkpoint keeps besides the state, of now; to call it waits for the steps in flight."""
+            there, ahead, again = list(figures), list(in_flight), to_evaluate
+
+            def complete() -> dict[str, Any]:
+                steps = there + _fetch(ahead)
+                return {"figures": [step for step, _ in steps], "bad_records": _unreadable(steps),
+                        "to_evaluate": again}
+
+            return complete
 
         def log(step: int) -> None:
             nonlocal logged
@@ -187,7 +194,7 @@ def train(config: ConfigDict, workdir: pathlib.Path, devices: list[jax.Device] |
                 to_evaluate = False
                 if config.keep_best and checkpoints.is_best(result["acc1"]):
                     _export(model, state, workdir, config, say)
-                checkpoints.evaluated(first_step, result["acc1"], extra())
+                checkpoints.evaluated(first_step, result["acc1"], extra()())
             elif first_step == total_steps:
                 result = evaluated(state, first_step, write=False)
             del state, restored  # their memory is the first step's
@@ -225,16 +232,19 @@ def train(config: ConfigDict, workdir: pathlib.Path, devices: list[jax.Device] |
                     to_evaluate, acc1 = False, result["acc1"]
                 best = config.keep_best and checkpoints.is_best(acc1)
                 if step % save_every == 0 or last or best:
-                    catch_up(step)
-                    with meter.apart():
-                        if best:
+                    # A checkpoint has all figures since the last line: a run that goes on leaves no gap and no double.
+                    # The last ones are fetched by the thread that saves, while the devices go on; but a line that is
+                    # due comes first, and so do figures that may end the run.
+                    if due or not figures or figures[-1][0]["bad_steps"] or config.max_bad_steps <= AHEAD:
+                        catch_up(step)
+                    if best:
+                        with meter.apart():
                             _export(model, packing.unpack(packed), workdir, config, say)
-                        # After all its figures: a run that goes on from a checkpoint leaves no gap and no double.
-                        checkpoints.save(packed, step, acc1=acc1, wait=last, extra=extra())
+                    checkpoints.save(packed, step, acc1=acc1, wait=last, extra=extra())
                     watchdog.alive()
         except (processes.Stopped, TrainingError) as error:
             step = int(packing.unpack(packed).step)
-            figures = (figures + _fetch(in_flight))[:step - logged]
+            figures, in_flight = (figures + _fetch(in_flight))[:step - logged], []
             for line in due:
                 if line <= step:
                     log(line)
