@@ -5,6 +5,8 @@
 Without flags it trains configs/digits.py into runs/digits. The same workdir goes on where it stopped.
 """
 
+import functools
+
 from absl import flags
 
 from fastervit_jax.train import command, loop
@@ -12,4 +14,4 @@ from fastervit_jax.train import command, loop
 flags.adopt_module_key_flags(command)
 
 if __name__ == "__main__":
-    command.run(loop.train)
+    command.run(functools.partial(loop.train, keep_compiled=True))

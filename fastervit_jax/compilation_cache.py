@@ -2,19 +2,36 @@
 
 The folder is $JAX_COMPILATION_CACHE_DIR, else $XDG_CACHE_HOME/fastervit_jax/xla, else ~/.cache/fastervit_jax/xla. An
 empty JAX_COMPILATION_CACHE_DIR turns the cache off. XLA:GPU's choices of kernels are kept in the same folder.
+
+JAX finds a program by its text, which is to be traced and lowered first: 10 s for a train step. `keep` and `load` are
+for a whole executable, found by all that its text would come from.
 """
 
 import contextlib
+import hashlib
+import importlib.metadata
+import json
 import os
 import pathlib
+import pickle
 import sys
 import tempfile
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
+from etils import epath
+from jax.experimental import serialize_executable
 
 MIN_SECONDS = 0.1
 """Programs that compile faster are not kept: a training run has dozens of them, each a file. JAX's own limit, 1 s,
 leaves out some that a start waits for."""
+KEPT = ".executable"
+PLATFORMS = ("gpu",)
+"""Where executables are kept. XLA:CPU loads one that was serialised after it had been loaded itself, but cannot run it;
+on TPUs it was not tried."""
+ENVIRONMENT = ("CUBLAS", "CUDA", "CUDNN", "JAX", "LIBTPU", "NVIDIA", "TF_", "TPU", "XLA")
+"""What the names of variables begin with that may change a program."""
 MAX_BYTES = 10 * 10**9
 """Of our own folder. JAX's `jax_compilation_cache_max_size` is not used: where a process was killed between the two
 files of an entry, JAX writes no entry any more."""
@@ -52,7 +69,7 @@ def enable() -> None:
 def _trim(folder: pathlib.Path) -> None:
     """Delete the programs that were used least recently, as far as the filesystem tells, beyond MAX_BYTES."""
     found = []
-    for path in folder.glob("*-cache"):
+    for path in (*folder.glob("*-cache"), *folder.glob(f"*{KEPT}*")):
         with contextlib.suppress(FileNotFoundError):  # another process trims, too
             stat = path.stat()
             found.append((max(stat.st_atime, stat.st_mtime), stat.st_size, path))
@@ -61,3 +78,66 @@ def _trim(folder: pathlib.Path) -> None:
         total += size
         if total > MAX_BYTES:
             path.unlink(missing_ok=True)
+
+
+def key(devices: Sequence[jax.Device], **parts: Any) -> str | None:
+    """Names an executable for these devices, by all that this package's programs depend on. None where none are kept.
+
+    That is: `parts`, of what JSON can hold, with which the program is made; the files of this package and of the
+    program that runs; the packages that are installed; JAX's settings and the environment; devices and their software.
+    """
+    one, package = devices[0], pathlib.Path(__file__).parent
+    if one.platform not in PLATFORMS:
+        return None
+    main = getattr(sys.modules["__main__"], "__file__", None)
+    files = [*package.rglob("*.py"), *([pathlib.Path(main)] if main else [])]
+    everything = {
+        "parts": parts,
+        "files": sorted(f"{path} {hashlib.sha256(path.read_bytes()).hexdigest()}" for path in files),
+        "packages": sorted({f"{x.name} {x.version}" for x in importlib.metadata.distributions()}),
+        "python": sys.version,
+        "settings": {name: str(value) for name, value in jax.config.values.items()},
+        "environment": {name: value for name, value in os.environ.items() if name.startswith(ENVIRONMENT)},
+        "devices": [[device.id, device.device_kind] for device in devices],
+        "software": one.client.platform_version,
+    }
+    return hashlib.sha256(json.dumps(everything, sort_keys=True).encode()).hexdigest()
+
+
+def _kept(key: str) -> epath.Path | None:
+    folder = jax.config.jax_compilation_cache_dir
+    return epath.Path(folder) / f"{key}{KEPT}" if folder else None
+
+
+def load(key: str, devices: Sequence[jax.Device], say: Callable[[str], None]) -> tuple[jax.stages.Compiled, Any] | None:
+    """What `keep` was given with this key, for these devices; None if there is nothing, or no cache. `say` is told of a
+    file that cannot be used; it is removed."""
+    path = _kept(key)
+    if path is None or not path.exists():
+        return None
+    try:
+        data = path.read_bytes()
+        if hashlib.sha256(data[32:]).digest() != data[:32]:
+            raise ValueError(f"its {len(data):,} bytes are not those that were written")
+        payload, in_tree, out_tree, more = pickle.loads(data[32:])
+        return serialize_executable.deserialize_and_load(
+            payload, in_tree, out_tree, backend=devices[0].client, execution_devices=devices), more
+    except Exception as error:  # another driver's, a lack of memory, ...: what it is for is only to save time
+        say(f"the executable kept in {path} cannot be used ({error}); it is removed, and made anew")
+        path.unlink(missing_ok=True)
+        return None
+
+
+def keep(key: str, compiled: jax.stages.Compiled, more: Any, say: Callable[[str], None]) -> None:
+    """For `load` in another process; `more` can be what pickle takes. Does nothing if it is there, or without a cache.
+    `say` is told if it cannot be written."""
+    path = _kept(key)
+    if path is None or path.exists():
+        return
+    try:
+        data = pickle.dumps((*serialize_executable.serialize(compiled), more))
+        new = path.with_name(f"{path.name}.{os.getpid()}")
+        new.write_bytes(hashlib.sha256(data).digest() + data)
+        new.replace(path)
+    except Exception as error:  # in the background, where nobody else would tell
+        say(f"the executable is not kept for the next start: {path} cannot be written ({error})")

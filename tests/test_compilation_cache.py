@@ -5,11 +5,14 @@ import pathlib
 import subprocess
 import sys
 import textwrap
+import types
 
 import jax
+import numpy as np
 import pytest
 
 from fastervit_jax import compilation_cache
+from fastervit_jax.train import loop
 from tests import QUICKLY
 from tests.train import runs
 
@@ -114,6 +117,117 @@ def test_a_second_start_compiles_nothing(tmp_path):
     assert missed[1] == 0
     first, second = ((tmp_path / name / "metrics.jsonl").read_text() for name in ("first", "second"))
     assert first == second
+
+
+@pytest.fixture
+def kept(monkeypatch, tmp_path):
+    """Executables are kept on CPUs, too; their folder."""
+    before = jax.config.jax_compilation_cache_dir
+    monkeypatch.setattr(compilation_cache, "PLATFORMS", ("cpu",))
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path / "kept"))
+    (tmp_path / "kept").mkdir()
+    yield tmp_path / "kept"
+    jax.config.update("jax_compilation_cache_dir", before)
+
+
+def test_an_executable_is_kept(kept):
+    """For two devices, with what it donates; as it is loaded, it gives the same numbers."""
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    lying = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    devices, x = list(mesh.devices.flat), np.arange(8, dtype=np.float32)
+    double = jax.jit(lambda tree: {"y": 2 * tree["x"], "sum": tree["x"].sum()}, donate_argnums=0)
+    compiled = double.lower({"x": jax.ShapeDtypeStruct((8,), np.float32, sharding=lying)}).compile()
+    key, told = compilation_cache.key(devices, of="two"), []
+    assert compilation_cache.load(key, devices, told.append) is None
+    compilation_cache.keep(key, compiled, 3.5, told.append)
+    assert [path.name for path in kept.iterdir()] == [f"{key}.executable"]
+
+    loaded, more = compilation_cache.load(key, devices, told.append)
+    given = {"x": jax.device_put(x, lying)}
+    result = loaded(given)
+    assert more == 3.5
+    assert given["x"].is_deleted()
+    assert result["y"].sharding.is_equivalent_to(lying, 1)
+    np.testing.assert_array_equal(result["y"], 2 * x)
+    assert result["sum"] == 28
+    with pytest.raises(TypeError, match="float32"):
+        loaded({"x": jax.device_put(x.astype(np.int32), lying)})
+
+    path = kept / f"{key}.executable"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    compilation_cache.keep(key, compiled, 3.5, told.append)  # it is there
+    assert path.read_bytes() == data
+    assert not told
+    assert compilation_cache.load(key, devices, told.append) is None
+    assert len(told) == 1
+    assert f"{path} cannot be used (its {len(data):,} bytes are not those that were written)" in told[0]
+    assert not path.exists()
+
+    path.with_name(f"{path.name}.{os.getpid()}").mkdir()
+    compilation_cache.keep(key, compiled, 3.5, told.append)
+    assert f"{path} cannot be written ([Errno 21] Is a directory" in told[1]
+    jax.config.update("jax_compilation_cache_dir", None)
+    compilation_cache.keep(key, compiled, 3.5, told.append)
+    assert compilation_cache.load(key, devices, told.append) is None
+    assert len(told) == 2
+
+
+def test_what_names_an_executable(kept, monkeypatch):
+    devices = jax.devices()
+
+    def key(devices=devices, **parts):
+        return compilation_cache.key(devices, **{"steps": 1, **parts})
+
+    one = key()
+    assert key() == one
+    others = [key(steps=2), key(devices[:1]), key(devices[::-1])]
+    with monkeypatch.context() as patch:
+        patch.setenv("XLA_FLAGS", f"{os.environ['XLA_FLAGS']} --xla_gpu_deterministic_ops=true")
+        others.append(key())
+    with jax.default_matmul_precision("bfloat16"):
+        others.append(key())
+    with monkeypatch.context() as patch:
+        read = pathlib.Path.read_bytes
+        patch.setattr(pathlib.Path, "read_bytes",
+                      lambda path: read(path) + b"#" * (path.name == "attention_gpu.py"))
+        others.append(key())
+    with monkeypatch.context() as patch:
+        patch.setattr(compilation_cache.importlib.metadata, "distributions", lambda: [])
+        others.append(key())
+    assert len({one, *others}) == 8
+    assert key() == one
+    monkeypatch.setattr(compilation_cache, "PLATFORMS", ("gpu",))
+    assert key() is None
+
+
+def test_a_second_start_of_a_run_traces_nothing(kept, monkeypatch, tmp_path, capfd):
+    """It takes the step that the first one kept, another step's not; what it writes is the same."""
+    config = runs.config(epochs=1, warmup_epochs=0, seed=61)
+    first = loop.train(config, tmp_path / "first", keep_compiled=True)
+    assert len(list(kept.glob("*.executable"))) == 1
+    with monkeypatch.context() as patch, runs.stopping(patch, after=9):  # not told to keep: its own step
+        loop.train(config, tmp_path / "second")
+
+    def lower(*args):
+        raise AssertionError("nothing was to be lowered")
+
+    make_train_step = loop.make_train_step
+    monkeypatch.setattr(loop, "make_train_step", lambda *args: types.SimpleNamespace(lower=lower))
+    assert loop.train(config, tmp_path / "second", keep_compiled=True) == first
+    assert runs.lines(tmp_path / "first") == runs.lines(tmp_path / "second")
+    config.learning_rate *= 2
+    with pytest.raises(AssertionError, match="nothing was to be lowered"):
+        loop.train(config, tmp_path / "third", keep_compiled=True)
+    monkeypatch.setattr(loop, "make_train_step", make_train_step)
+
+    (path,) = kept.glob("*.executable")
+    path.write_bytes(path.read_bytes()[:-1])
+    config.learning_rate /= 2
+    capfd.readouterr()
+    assert loop.train(config, tmp_path / "fourth", keep_compiled=True) == first
+    assert f"the executable kept in {path} cannot be used" in capfd.readouterr().out
 
 
 def test_importing_us_changes_no_settings(tmp_path):

@@ -14,6 +14,7 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
+from fastervit_jax import compilation_cache
 from fastervit_jax.data import loader, sources
 from fastervit_jax.model.fastervit import FasterViT
 from fastervit_jax.train import evaluate, metrics, processes, schedule, sharding, speed
@@ -53,10 +54,14 @@ def open_sources(config: ConfigDict) -> tuple[sources.Source, sources.Source, in
     return train_source, eval_source, steps_per_epoch
 
 
-def train(config: ConfigDict, workdir: pathlib.Path, devices: list[jax.Device] | None = None) -> dict[str, Any]:
+def train(
+    config: ConfigDict, workdir: pathlib.Path, devices: list[jax.Device] | None = None, *, keep_compiled: bool = False
+) -> dict[str, Any]:
     """Train as `config` says, on all devices or the given ones, and return the last evaluation's result.
 
     A run that is in `workdir` already goes on from its last whole checkpoint; a finished one is evaluated again.
+    `keep_compiled`: take the train step that a former start of the same program kept in the compilation cache, if there
+    is one. Not for a program that changes modules, which does not change their files: it would get another's step.
     The result is that of the averaged weights, if there are. Raises ValueError if the run there has another config,
     TrainingError after config.max_bad_steps updates in a row that are not finite, processes.Stopped (which ends a
     program with processes.EXIT_CODE) once the state is saved where a signal asked the run to stop.
@@ -84,14 +89,30 @@ def train(config: ConfigDict, workdir: pathlib.Path, devices: list[jax.Device] |
             workdir, keep=config.keep_checkpoints, keep_best=config.keep_best, say=say, packing=packing))
         if checkpoints.latest is not None:
             metrics.check_config(workdir, config)  # first: another model's checkpoint would look damaged
+
+        def count_flops() -> float | None:
+            if not speed.peak(mesh.devices.flat[0].device_kind):
+                return None
+            return speed.model_flops(model, abstract.variables, sources.image_sides(config), config.batch_size)
+
+        def compiled() -> tuple[Callable, float | None]:
+            """The step, and the model's FLOPs, both as a former start kept them if it did."""
+            found = key and compilation_cache.load(key, used, say)
+            if found:
+                return found
+            batch = loader.abstract_batch(config, sharding.over_batch(mesh))
+            return train_step.lower(packing.abstract, batch).compile(), count_flops()
+
         # The step is compiled while the state is read or made; not where weights may turn out not to fit: a process
         # ends only when its compilation does.
-        compiling, fresh = None, checkpoints.latest is None
+        compiling, fresh, key, used = None, checkpoints.latest is None, None, list(mesh.devices.flat)
         if jax.process_count() == 1 and (not config.init_from if fresh else checkpoints.latest < total_steps):
+            if keep_compiled:
+                key = compilation_cache.key(used, config=config.to_json(), total_steps=total_steps,
+                                            steps_per_epoch=steps_per_epoch, mesh=dict(mesh.shape))
             worker = concurrent.futures.ThreadPoolExecutor(1, "compilation")
             stack.callback(worker.shutdown, wait=False, cancel_futures=True)  # an error is told at once
-            batch = loader.abstract_batch(config, sharding.over_batch(mesh))
-            compiling = worker.submit(lambda: train_step.lower(packing.abstract, batch).compile())
+            compiling = worker.submit(compiled)
         restored = checkpoints.restore(abstract)
         if restored is not None:
             state, left = restored[0], restored[1]["extra"]  # figures since the last line, an evaluation half done
@@ -115,9 +136,9 @@ def train(config: ConfigDict, workdir: pathlib.Path, devices: list[jax.Device] |
             f"of {config.batch_size} on {mesh.size} {mesh.devices.flat[0].platform} device(s); "
             f"{f'going on after step {first_step:,}' if restored else 'starting'} in {workdir}\n"
             f"{schedule.describe(config)}\n{sharding.describe(state, mesh)}")
-        flops = None
-        if speed.peak(mesh.devices.flat[0].device_kind):
-            flops = speed.model_flops(model, state.variables, sources.image_sides(config), config.batch_size)
+        train_step, flops = compiling.result() if compiling else (train_step, count_flops())
+        if key:
+            worker.submit(compilation_cache.keep, key, train_step, flops, say)
         meter = stack.enter_context(
             speed.Meter(flops, config.batch_size, mesh.devices.flat, first_step, total_steps))
         watchdog = stack.enter_context(processes.Watchdog(config.stuck_after))
@@ -132,10 +153,13 @@ def train(config: ConfigDict, workdir: pathlib.Path, devices: list[jax.Device] |
 
         def catch_up(last: int) -> None:
             """Take in the figures of the steps up to `last`, and write the lines that are due."""
+            nonlocal bad_in_row
             ready = [step for step in in_flight if step[0] <= last]
             del in_flight[:len(ready)]
             figures.extend(_fetch(ready))
-            if ready and figures[-1][0]["bad_steps_in_row"] >= config.max_bad_steps:
+            if ready:
+                bad_in_row = figures[-1][0]["bad_steps_in_row"]
+            if bad_in_row >= config.max_bad_steps:
                 raise TrainingError(config.max_bad_steps, int(packing.unpack(packed).step))
             while due and due[0] <= last:
                 log(due.popleft())
@@ -187,6 +211,7 @@ def train(config: ConfigDict, workdir: pathlib.Path, devices: list[jax.Device] |
             say(f"config.profile={config.profile}: no profile, for steps {first_step + 1:,} to {total_steps:,} "
                 "are left")
         in_flight, due, results, logged = [], collections.deque(), {}, first_step - len(figures)
+        bad_in_row = 0
         packed = packing.pack(state)
         try:
             if to_evaluate:
@@ -198,9 +223,6 @@ def train(config: ConfigDict, workdir: pathlib.Path, devices: list[jax.Device] |
             elif first_step == total_steps:
                 result = evaluated(state, first_step, write=False)
             del state, restored  # their memory is the first step's
-            if compiling:
-                compiling.result()  # not used: JAX knows now what to call
-                compiling = None
             for step in range(first_step + 1, total_steps + 1):
                 going_on()
                 with meter.waiting():
@@ -235,7 +257,7 @@ def train(config: ConfigDict, workdir: pathlib.Path, devices: list[jax.Device] |
                     # A checkpoint has all figures since the last line: a run that goes on leaves no gap and no double.
                     # The last ones are fetched by the thread that saves, while the devices go on; but a line that is
                     # due comes first, and so do figures that may end the run.
-                    if due or not figures or figures[-1][0]["bad_steps"] or config.max_bad_steps <= AHEAD:
+                    if due or bad_in_row + AHEAD >= config.max_bad_steps:
                         catch_up(step)
                     if best:
                         with meter.apart():

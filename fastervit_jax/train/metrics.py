@@ -15,9 +15,9 @@ import jax
 from absl import logging
 from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.proto.summary_pb2 import Summary
-from tensorboardX.record_writer import masked_crc32c
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
 
 # What may differ between the starts of one run: it changes neither the model nor the numbers.
 FREE = (

@@ -193,25 +193,19 @@ PROGRAM = """
     import sys
     import jax.numpy as jnp
     from fastervit_jax.train import command, loop
+    from tests.train import runs
 
     how, steps = sys.argv.pop(1), {int(step) for step in sys.argv.pop(1).split(",")}
-    make_train_step = loop.make_train_step
 
-    def make_other_step(*args):
-        train_step = make_train_step(*args)
+    def call(step, state, batch):
+        if int(state.step) + 1 not in steps:
+            return step(state, batch)
+        if how == "nan":
+            return step(state, batch | {"weight": jnp.nan * batch["weight"]})
+        return state.replace(step=state.step + 1), {
+            "bad_images": jnp.float32(jnp.nan), "bad_steps": jnp.float32(1), "bad_steps_in_row": jnp.float32(0)}
 
-        def step(state, batch):
-            if int(state.step) + 1 not in steps:
-                return train_step(state, batch)
-            if how == "nan":
-                return train_step(state, batch | {"weight": jnp.nan * batch["weight"]})
-            return state.replace(step=state.step + 1), {
-                "bad_images": jnp.float32(jnp.nan), "bad_steps": jnp.float32(1), "bad_steps_in_row": jnp.float32(0)}
-
-        step.lower = train_step.lower
-        return step
-
-    loop.make_train_step = make_other_step
+    loop.make_train_step = runs.around_steps(call)
     command.run(loop.train)
 """
 NOT_FINITE = "3,12,13,14,22"

@@ -3,6 +3,9 @@
 import contextlib
 import json
 import pathlib
+import types
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
@@ -67,24 +70,37 @@ class Stopped(Exception):
     """Raised in the middle of a run by `stopping`."""
 
 
+class _Around:
+    """A train step that is called as `call(step, state, batch)`, compiled ahead or not."""
+
+    def __init__(self, step: Any, call: Callable):
+        self.step, self.call = step, call
+
+    def __call__(self, state, batch):
+        return self.call(self.step, state, batch)
+
+    def lower(self, *args):
+        lowered = self.step.lower(*args)
+        return types.SimpleNamespace(compile=lambda: _Around(lowered.compile(), self.call))
+
+
+def around_steps(call: Callable) -> Callable:
+    """For loop.make_train_step: it then makes steps that are called as `call(step, state, batch)`."""
+    make_train_step = loop.make_train_step
+    return lambda *args: _Around(make_train_step(*args), call)
+
+
 @contextlib.contextmanager
 def stopping(monkeypatch, after: int):
     """Training that is started within ends with Stopped after so many steps."""
-    make_train_step = loop.make_train_step
 
-    def make_stopping_step(*args):
-        train_step = make_train_step(*args)
-
-        def step(state, batch):
-            if int(state.step) == after:
-                raise Stopped
-            return train_step(state, batch)
-
-        step.lower = train_step.lower
-        return step
+    def call(step, state, batch):
+        if int(state.step) == after:
+            raise Stopped
+        return step(state, batch)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "make_train_step", make_stopping_step)
+        patch.setattr(loop, "make_train_step", around_steps(call))
         with pytest.raises(Stopped):
             yield
 

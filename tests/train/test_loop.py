@@ -8,6 +8,7 @@ import pathlib
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import jax
@@ -79,22 +80,16 @@ def test_stopped_anywhere_it_ends_the_same(stop, whole, tmp_path, monkeypatch):
 
 @pytest.fixture
 def guarded(monkeypatch):
-    """Lets nothing cross between host and devices in a step; the steps that were made."""
-    make_train_step = loop.make_train_step
-    made = []
+    """Lets nothing cross between host and devices in a step; the steps that were called."""
+    called = []
 
-    def make_guarded_step(*args):
-        made.append(make_train_step(*args))
+    def call(step, state, batch):
+        called.append(step)
+        with jax.transfer_guard("disallow"):
+            return step(state, batch)
 
-        def step(state, batch):
-            with jax.transfer_guard("disallow"):
-                return made[-1](state, batch)
-
-        step.lower = made[-1].lower
-        return step
-
-    monkeypatch.setattr(loop, "make_train_step", make_guarded_step)
-    return made
+    monkeypatch.setattr(loop, "make_train_step", runs.around_steps(call))
+    return called
 
 
 @pytest.mark.parametrize("polls", [13, 25])  # after step 12, in mid-interval and mid-epoch; in the evaluation at 22
@@ -112,8 +107,34 @@ def test_asked_to_stop_it_saves_and_goes_on(polls, whole, tmp_path, monkeypatch,
     out = capfd.readouterr().out
     assert f"going on after step {step} in" in out
     assert ("no profile, for steps 14 to 44 are left" in out) == (polls == 13)
-    assert guarded[1]._cache_size() == 1
+    assert len(guarded) == 44
+    assert len(set(map(id, guarded))) == 2  # one in each start
     assert runs.lines(tmp_path) == runs.lines(whole[0])
+
+
+def test_a_save_does_not_wait_for_the_steps_under_way(tmp_path, monkeypatch):
+    """The thread that saves fetches their figures; where a line is due, it comes first. None is lost or doubled."""
+    config, device = runs.config(eval_every_epochs=2), jax.devices()[:1]
+    loop.train(config, tmp_path / "whole", device)
+    fetch, fetched = loop._fetch, []
+
+    def recorded(in_flight):
+        fetched.append((threading.current_thread().name, [step for step, *_ in in_flight]))
+        return fetch(in_flight)
+
+    monkeypatch.setattr(loop, "_fetch", recorded)
+    with runs.stopping(monkeypatch, after=22):  # at once after the save of the first epoch
+        loop.train(config, tmp_path / "stopped", device)
+    assert fetched[-1] == ("checkpoints_0", [21, 22])
+    assert fetched[-2] == ("MainThread", [20])
+    loop.train(config, tmp_path / "stopped", device)
+    assert runs.lines(tmp_path / "stopped") == runs.lines(tmp_path / "whole")
+
+    fetched.clear()
+    config.log_every_steps = 2
+    with runs.stopping(monkeypatch, after=22):
+        loop.train(config, tmp_path / "line", device)
+    assert fetched[-2:] == [("MainThread", [21, 22]), ("checkpoints_0", [])]
 
 
 def test_one_compilation_and_no_implicit_transfer(tmp_path, guarded, capfd, caplog):
@@ -121,7 +142,9 @@ def test_one_compilation_and_no_implicit_transfer(tmp_path, guarded, capfd, capl
                          profile="3:4")
     with runs.logged_compilations():
         loop.train(config, tmp_path, jax.devices()[:1])
-    assert guarded[0]._cache_size() == 1
+    assert len(guarded) == 110
+    assert len(set(map(id, guarded))) == 1
+    assert isinstance(guarded[0], jax.stages.Compiled)
     assert runs.compilations(caplog, "packed_step") == 1
 
     # Beside: every third epoch is evaluated, every second saved, the last both; the newest two saves are kept.
@@ -302,19 +325,13 @@ def test_unreadable_images_are_in_their_line_once(tmp_path, monkeypatch):
 @pytest.mark.parametrize(("first", "lines"), [(6, [(4, 0), (8, 3)]), (5, [(4, 0)])])  # ending with a line, or not
 def test_updates_that_are_not_finite_end_the_run_where_they_should(first, lines, tmp_path, monkeypatch):
     """Three steps are skipped, the state saved; going on, the lines are those of a run that bore with them."""
-    make_train_step, bad = loop.make_train_step, set(range(first, first + 5))
+    bad = set(range(first, first + 5))
 
-    def make_other_step(*args):
-        train_step = make_train_step(*args)
+    def call(step, state, batch):
+        factor = jnp.nan if int(state.step) + 1 in bad else 1.0
+        return step(state, batch | {"weight": factor * batch["weight"]})
 
-        def step(state, batch):
-            factor = jnp.nan if int(state.step) + 1 in bad else 1.0
-            return train_step(state, batch | {"weight": factor * batch["weight"]})
-
-        step.lower = train_step.lower
-        return step
-
-    monkeypatch.setattr(loop, "make_train_step", make_other_step)
+    monkeypatch.setattr(loop, "make_train_step", runs.around_steps(call))
     device = jax.devices()[:1]
     with pytest.raises(loop.TrainingError, match=f"steps {first} to {first + 2} were skipped.*as step {first + 2}"):
         loop.train(few(max_bad_steps=3), tmp_path / "ended", device)

@@ -9,8 +9,8 @@ from types import SimpleNamespace
 import jax
 import pytest
 from ml_collections import ConfigDict
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.record_writer import masked_crc32c
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
 
 from fastervit_jax.train import metrics
 

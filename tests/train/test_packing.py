@@ -97,26 +97,20 @@ def test_training_is_the_same(monkeypatch, tmp_path, caplog):
     config = runs.config(**CHANGES)
     loop.train(config, tmp_path / "plain")
     monkeypatch.setitem(packing.SMALL, "cpu", 2**16)
-    make_train_step, batches = loop.make_train_step, []
+    batches = []
 
-    def make_stopping_step(*args):
-        train_step = make_train_step(*args)
+    def call(step, packed, batch):
+        assert isinstance(packed, list)
+        if len(batches) == 25:
+            raise runs.Stopped
+        batches.append(batch)
+        return step(packed, batch)
 
-        def step(packed, batch):
-            assert isinstance(packed, list)
-            if len(batches) == 25:
-                raise runs.Stopped
-            batches.append(batch)
-            return train_step(packed, batch)
-
-        step.lower = train_step.lower
-        return step
-
-    with runs.logged_compilations(), monkeypatch.context() as patch:
-        patch.setattr(loop, "make_train_step", make_stopping_step)
-        with pytest.raises(runs.Stopped):
-            loop.train(config, tmp_path / "packed")
-        patch.setattr(loop, "make_train_step", make_train_step)
+    with runs.logged_compilations():
+        with monkeypatch.context() as patch:
+            patch.setattr(loop, "make_train_step", runs.around_steps(call))
+            with pytest.raises(runs.Stopped):
+                loop.train(config, tmp_path / "packed")
         loop.train(config, tmp_path / "packed")
     assert runs.compilations(caplog, "packed_step") == 2
     plain, packed = (runs.lines(tmp_path / name) for name in ("plain", "packed"))
