@@ -16,7 +16,7 @@ import pathlib
 import pickle
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -30,7 +30,7 @@ KEPT = ".executable"
 PLATFORMS = ("gpu",)
 """Where executables are kept. XLA:CPU loads one that was serialised after it had been loaded itself, but cannot run it;
 on TPUs it was not tried."""
-ENVIRONMENT = ("CUBLAS", "CUDA", "CUDNN", "JAX", "LIBTPU", "NVIDIA", "TF_", "TPU", "XLA")
+ENVIRONMENT = ("CUBLAS", "CUDA", "CUDNN", "FLAX", "JAX", "LIBTPU", "MOSAIC", "NVIDIA", "PJRT", "TF_", "TPU", "XLA")
 """What the names of variables begin with that may change a program."""
 MAX_BYTES = 10 * 10**9
 """Of our own folder. JAX's `jax_compilation_cache_max_size` is not used: where a process was killed between the two
@@ -80,20 +80,28 @@ def _trim(folder: pathlib.Path) -> None:
             path.unlink(missing_ok=True)
 
 
+def _digests(paths: Iterable[pathlib.Path]) -> list[str]:
+    return sorted(f"{path} {hashlib.sha256(path.read_bytes()).hexdigest()}" for path in paths if path.is_file())
+
+
+FILES = _digests(pathlib.Path(__file__).parent.rglob("*.py"))
+"""Of this package as it is imported; the files may change while the program runs."""
+
+
 def key(devices: Sequence[jax.Device], **parts: Any) -> str | None:
-    """Names an executable for these devices, by all that this package's programs depend on. None where none are kept.
+    """Names an executable for these devices, by what this package's programs depend on. None where none are kept.
 
     That is: `parts`, of what JSON can hold, with which the program is made; the files of this package and of the
-    program that runs; the packages that are installed; JAX's settings and the environment; devices and their software.
+    program that runs; the names and versions of the packages that are installed (who changes one's files has to empty
+    the cache); JAX's settings in this thread, and the environment; devices and their software.
     """
-    one, package = devices[0], pathlib.Path(__file__).parent
-    if one.platform not in PLATFORMS:
+    one, main = devices[0], getattr(sys.modules["__main__"], "__file__", None)
+    program = _digests([pathlib.Path(main)] if main else [])
+    if one.platform not in PLATFORMS or not FILES or (main and not program):  # in an archive, say
         return None
-    main = getattr(sys.modules["__main__"], "__file__", None)
-    files = [*package.rglob("*.py"), *([pathlib.Path(main)] if main else [])]
     everything = {
         "parts": parts,
-        "files": sorted(f"{path} {hashlib.sha256(path.read_bytes()).hexdigest()}" for path in files),
+        "files": FILES + program,
         "packages": sorted({f"{x.name} {x.version}" for x in importlib.metadata.distributions()}),
         "python": sys.version,
         "settings": {name: str(value) for name, value in jax.config.values.items()},
@@ -106,16 +114,18 @@ def key(devices: Sequence[jax.Device], **parts: Any) -> str | None:
 
 def _kept(key: str) -> epath.Path | None:
     folder = jax.config.jax_compilation_cache_dir
-    return epath.Path(folder) / f"{key}{KEPT}" if folder else None
+    return epath.Path(folder) / f"{key}{KEPT}" if folder and jax.config.jax_enable_compilation_cache else None
 
 
 def load(key: str, devices: Sequence[jax.Device], say: Callable[[str], None]) -> tuple[jax.stages.Compiled, Any] | None:
     """What `keep` was given with this key, for these devices; None if there is nothing, or no cache. `say` is told of a
-    file that cannot be used; it is removed."""
+    file that cannot be used; it is removed, if that is possible."""
     path = _kept(key)
-    if path is None or not path.exists():
+    if path is None:
         return None
     try:
+        if not path.exists():
+            return None
         data = path.read_bytes()
         if hashlib.sha256(data[32:]).digest() != data[:32]:
             raise ValueError(f"its {len(data):,} bytes are not those that were written")
@@ -123,8 +133,9 @@ def load(key: str, devices: Sequence[jax.Device], say: Callable[[str], None]) ->
         return serialize_executable.deserialize_and_load(
             payload, in_tree, out_tree, backend=devices[0].client, execution_devices=devices), more
     except Exception as error:  # another driver's, a lack of memory, ...: what it is for is only to save time
-        say(f"the executable kept in {path} cannot be used ({error}); it is removed, and made anew")
-        path.unlink(missing_ok=True)
+        say(f"the executable kept in {path} cannot be used ({error}), and is made anew")
+        with contextlib.suppress(OSError):  # of a folder that is only read; told again at the next start
+            path.unlink(missing_ok=True)
         return None
 
 
@@ -132,9 +143,11 @@ def keep(key: str, compiled: jax.stages.Compiled, more: Any, say: Callable[[str]
     """For `load` in another process; `more` can be what pickle takes. Does nothing if it is there, or without a cache.
     `say` is told if it cannot be written."""
     path = _kept(key)
-    if path is None or path.exists():
+    if path is None:
         return
     try:
+        if path.exists():
+            return
         data = pickle.dumps((*serialize_executable.serialize(compiled), more))
         new = path.with_name(f"{path.name}.{os.getpid()}")
         new.write_bytes(hashlib.sha256(data).digest() + data)

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -168,13 +169,23 @@ def test_an_executable_is_kept(kept):
     path.with_name(f"{path.name}.{os.getpid()}").mkdir()
     compilation_cache.keep(key, compiled, 3.5, told.append)
     assert f"{path} cannot be written ([Errno 21] Is a directory" in told[1]
+    (path / "full").mkdir(parents=True)  # cannot be read, nor removed
+    assert compilation_cache.load(key, devices, told.append) is None
+    assert f"{path} cannot be used ([Errno 21] Is a directory" in told[2]
+    shutil.rmtree(path)
+    jax.config.update("jax_enable_compilation_cache", False)
+    try:
+        compilation_cache.keep(key, compiled, 3.5, told.append)
+    finally:
+        jax.config.update("jax_enable_compilation_cache", True)
+    assert not path.exists()
     jax.config.update("jax_compilation_cache_dir", None)
     compilation_cache.keep(key, compiled, 3.5, told.append)
     assert compilation_cache.load(key, devices, told.append) is None
-    assert len(told) == 2
+    assert len(told) == 3
 
 
-def test_what_names_an_executable(kept, monkeypatch):
+def test_what_names_an_executable(kept, monkeypatch, tmp_path):
     devices = jax.devices()
 
     def key(devices=devices, **parts):
@@ -188,15 +199,27 @@ def test_what_names_an_executable(kept, monkeypatch):
         others.append(key())
     with jax.default_matmul_precision("bfloat16"):
         others.append(key())
+    assert len(compilation_cache.FILES) == len(list((ROOT / "fastervit_jax").rglob("*.py")))
+    changed = tmp_path / "changed.py"
+    changed.write_text("1")
+    (digest,) = compilation_cache._digests([changed, tmp_path / "nothing.py"])
+    changed.write_text("2")
+    assert compilation_cache._digests([changed]) not in ([digest], [])
     with monkeypatch.context() as patch:
-        read = pathlib.Path.read_bytes
-        patch.setattr(pathlib.Path, "read_bytes",
-                      lambda path: read(path) + b"#" * (path.name == "attention_gpu.py"))
+        patch.setattr(compilation_cache, "FILES", [*compilation_cache.FILES[1:], digest])
+        others.append(key())
+    with monkeypatch.context() as patch:
+        patch.setattr(sys.modules["__main__"], "__file__", str(changed), raising=False)
+        others.append(key())
+        patch.setattr(sys.modules["__main__"], "__file__", str(tmp_path / "nothing.py"))
+        assert key() is None
+    with monkeypatch.context() as patch:
+        patch.setenv("FLAX_FIX_RNG_SEPARATOR", "1")
         others.append(key())
     with monkeypatch.context() as patch:
         patch.setattr(compilation_cache.importlib.metadata, "distributions", lambda: [])
         others.append(key())
-    assert len({one, *others}) == 8
+    assert len({one, *others}) == 10
     assert key() == one
     monkeypatch.setattr(compilation_cache, "PLATFORMS", ("gpu",))
     assert key() is None

@@ -332,6 +332,11 @@ class Checkpoints(contextlib.AbstractContextManager):
         return self._saving is not None and not self._saving.done()
 
     @property
+    def beside(self) -> bool:
+        """Whether training goes on beside a save, by what the first one found."""
+        return bool(self._copies)
+
+    @property
     def latest(self) -> int | None:
         """The newest step that is there, whole or not."""
         return max(self._saved, default=None)

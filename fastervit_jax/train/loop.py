@@ -107,12 +107,14 @@ def train(
         # ends only when its compilation does.
         compiling, fresh, key, used = None, checkpoints.latest is None, None, list(mesh.devices.flat)
         if jax.process_count() == 1 and (not config.init_from if fresh else checkpoints.latest < total_steps):
-            if keep_compiled:
-                key = compilation_cache.key(used, config=config.to_json(), total_steps=total_steps,
-                                            steps_per_epoch=steps_per_epoch, mesh=dict(mesh.shape))
             worker = concurrent.futures.ThreadPoolExecutor(1, "compilation")
             stack.callback(worker.shutdown, wait=False, cancel_futures=True)  # an error is told at once
-            compiling = worker.submit(compiled)
+            # A setting of JAX that a `with` made is this thread's only.
+            if worker.submit(lambda: dict(jax.config.values)).result() == dict(jax.config.values):
+                if keep_compiled:
+                    key = compilation_cache.key(used, config=config.to_json(), total_steps=total_steps,
+                                                steps_per_epoch=steps_per_epoch, mesh=dict(mesh.shape))
+                compiling = worker.submit(compiled)
         restored = checkpoints.restore(abstract)
         if restored is not None:
             state, left = restored[0], restored[1]["extra"]  # figures since the last line, an evaluation half done
@@ -136,12 +138,12 @@ def train(
             f"of {config.batch_size} on {mesh.size} {mesh.devices.flat[0].platform} device(s); "
             f"{f'going on after step {first_step:,}' if restored else 'starting'} in {workdir}\n"
             f"{schedule.describe(config)}\n{sharding.describe(state, mesh)}")
+        watchdog = stack.enter_context(processes.Watchdog(config.stuck_after))
         train_step, flops = compiling.result() if compiling else (train_step, count_flops())
         if key:
             worker.submit(compilation_cache.keep, key, train_step, flops, say)
         meter = stack.enter_context(
             speed.Meter(flops, config.batch_size, mesh.devices.flat, first_step, total_steps))
-        watchdog = stack.enter_context(processes.Watchdog(config.stuck_after))
         bar = stack.enter_context(tqdm(
             total=total_steps * config.batch_size, initial=first_step * config.batch_size, desc="train",
             unit=" images", unit_scale=True, mininterval=0.5 if sys.stderr.isatty() else 30.0,
@@ -262,7 +264,8 @@ def train(
                     if best:
                         with meter.apart():
                             _export(model, packing.unpack(packed), workdir, config, say)
-                    checkpoints.save(packed, step, acc1=acc1, wait=last, extra=extra())
+                    with contextlib.nullcontext() if checkpoints.beside else meter.apart():
+                        checkpoints.save(packed, step, acc1=acc1, wait=last, extra=extra())
                     watchdog.alive()
         except (processes.Stopped, TrainingError) as error:
             step = int(packing.unpack(packed).step)

@@ -137,6 +137,29 @@ def test_a_save_does_not_wait_for_the_steps_under_way(tmp_path, monkeypatch):
     assert fetched[-2:] == [("MainThread", [21, 22]), ("checkpoints_0", [])]
 
 
+def test_settings_of_a_with_block_hold_for_the_step(tmp_path, monkeypatch):
+    """They are of one thread; compiled in another, the step would be without them."""
+    texts = []
+    make_train_step = loop.make_train_step
+
+    def make(*args):
+        step = make_train_step(*args)
+        lower = step.lower
+
+        def call(state, batch):
+            texts.append(lower(state, batch).as_text())
+            raise runs.Stopped
+
+        call.lower = lower
+        return call
+
+    monkeypatch.setattr(loop, "make_train_step", make)
+    with jax.default_matmul_precision("bfloat16"), pytest.raises(runs.Stopped):
+        loop.train(runs.config(), tmp_path, jax.devices()[:1])
+    assert "precision = [DEFAULT, DEFAULT]" in texts[0]
+    assert texts[0].count("HIGHEST") < 10  # what says so itself
+
+
 def test_one_compilation_and_no_implicit_transfer(tmp_path, guarded, capfd, caplog):
     config = runs.config(epochs=5, eval_every_epochs=3, checkpoint_every_epochs=2, keep_checkpoints=2, keep_best=False,
                          profile="3:4")
