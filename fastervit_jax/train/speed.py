@@ -185,7 +185,7 @@ class Meter(contextlib.AbstractContextManager):
 
     @contextlib.contextmanager
     def apart(self) -> Iterator[None]:
-        """Around what is no training: evaluation, exports, saves that hold it up. Waits for the steps under way first."""
+        """Around what is no training: evaluation, exports, saves that stop it. Waits for the steps under way first."""
         self._under_way.join()
         start = self._clock()
         try:
