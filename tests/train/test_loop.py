@@ -137,6 +137,19 @@ def test_a_save_does_not_wait_for_the_steps_under_way(tmp_path, monkeypatch):
     assert fetched[-2:] == [("MainThread", [21, 22]), ("checkpoints_0", [])]
 
 
+def test_updates_that_are_not_finite_end_the_run_before_a_save(tmp_path, monkeypatch):
+    """Of the step under way at the save, which changes nothing any more."""
+
+    def call(step, state, batch):
+        factor = jnp.nan if int(state.step) + 1 in (19, 20, 21) else 1.0
+        return step(state, batch | {"weight": factor * batch["weight"]})
+
+    monkeypatch.setattr(loop, "make_train_step", runs.around_steps(call))
+    with pytest.raises(loop.TrainingError, match=r"steps 19 to 21 were skipped.*as step 21"):
+        loop.train(runs.config(eval_every_epochs=2, max_bad_steps=3), tmp_path, jax.devices()[:1])
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["21"]
+
+
 def test_settings_of_a_with_block_hold_for_the_step(tmp_path, monkeypatch):
     """They are of one thread; compiled in another, the step would be without them."""
     texts = []
