@@ -7,6 +7,7 @@ JAX finds a program by its text, which is to be traced and lowered first: 10 s f
 for a whole executable, found by all that its text would come from.
 """
 
+import concurrent.futures
 import contextlib
 import hashlib
 import importlib.metadata
@@ -154,3 +155,34 @@ def keep(key: str, compiled: jax.stages.Compiled, more: Any, say: Callable[[str]
         new.replace(path)
     except Exception as error:  # in the background, where nobody else would tell
         say(f"the executable is not kept for the next start: {path} cannot be written ({error})")
+
+
+def compile_ahead(
+    stack: contextlib.ExitStack, step: Any, arguments: tuple, more: Callable[[], Any], devices: Sequence[jax.Device],
+    say: Callable[[str], None], parts: dict[str, Any] | None,
+) -> Callable[[], tuple[Callable, Any]]:
+    """Starts to compile a jitted function for (abstract) arguments in a thread, which ends with the stack.
+
+    What is returned waits for it, and gives the compiled function and what `more` returns: both as a former start kept
+    them, where there are `parts` of their `key`. Settings of JAX that a `with` block made are of one thread; if there
+    are any, the function is given back as it is.
+    """
+    worker = concurrent.futures.ThreadPoolExecutor(1, "compilation")
+    stack.callback(worker.shutdown, wait=False, cancel_futures=True)  # an error is told at once
+    if worker.submit(lambda: dict(jax.config.values)).result() != dict(jax.config.values):
+        return lambda: (step, more())
+    name = key(devices, **parts) if parts else None
+
+    def compiled() -> tuple[Callable, Any]:
+        kept = name and load(name, devices, say)
+        return kept or (step.lower(*arguments).compile(), more())
+
+    compiling = worker.submit(compiled)
+
+    def result() -> tuple[Callable, Any]:
+        found = compiling.result()
+        if name:
+            worker.submit(keep, name, *found, say)
+        return found
+
+    return result

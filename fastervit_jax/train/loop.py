@@ -1,7 +1,6 @@
 """The training loop. One function, read from top to bottom; the same on one device and on many."""
 
 import collections
-import concurrent.futures
 import contextlib
 import pathlib
 import sys
@@ -95,26 +94,15 @@ def train(
                 return None
             return speed.model_flops(model, abstract.variables, sources.image_sides(config), config.batch_size)
 
-        def compiled() -> tuple[Callable, float | None]:
-            """The step, and the model's FLOPs, both as a former start kept them if it did."""
-            found = key and compilation_cache.load(key, used, say)
-            if found:
-                return found
-            batch = loader.abstract_batch(config, sharding.over_batch(mesh))
-            return train_step.lower(packing.abstract, batch).compile(), count_flops()
-
         # The step is compiled while the state is read or made; not where weights may turn out not to fit: a process
         # ends only when its compilation does.
-        compiling, fresh, key, used = None, checkpoints.latest is None, None, list(mesh.devices.flat)
+        compiled, fresh = None, checkpoints.latest is None
         if jax.process_count() == 1 and (not config.init_from if fresh else checkpoints.latest < total_steps):
-            worker = concurrent.futures.ThreadPoolExecutor(1, "compilation")
-            stack.callback(worker.shutdown, wait=False, cancel_futures=True)  # an error is told at once
-            # A setting of JAX that a `with` made is this thread's only.
-            if worker.submit(lambda: dict(jax.config.values)).result() == dict(jax.config.values):
-                if keep_compiled:
-                    key = compilation_cache.key(used, config=config.to_json(), total_steps=total_steps,
-                                                steps_per_epoch=steps_per_epoch, mesh=dict(mesh.shape))
-                compiling = worker.submit(compiled)
+            parts = {"config": config.to_json(), "steps": [total_steps, steps_per_epoch], "mesh": dict(mesh.shape)}
+            arguments = packing.abstract, loader.abstract_batch(config, sharding.over_batch(mesh))
+            compiled = compilation_cache.compile_ahead(
+                stack, train_step, arguments, count_flops, list(mesh.devices.flat), say,
+                parts if keep_compiled else None)
         restored = checkpoints.restore(abstract)
         if restored is not None:
             state, left = restored[0], restored[1]["extra"]  # figures since the last line, an evaluation half done
@@ -139,9 +127,7 @@ def train(
             f"{f'going on after step {first_step:,}' if restored else 'starting'} in {workdir}\n"
             f"{schedule.describe(config)}\n{sharding.describe(state, mesh)}")
         watchdog = stack.enter_context(processes.Watchdog(config.stuck_after))
-        train_step, flops = compiling.result() if compiling else (train_step, count_flops())
-        if key:
-            worker.submit(compilation_cache.keep, key, train_step, flops, say)
+        train_step, flops = compiled() if compiled else (train_step, count_flops())
         meter = stack.enter_context(
             speed.Meter(flops, config.batch_size, mesh.devices.flat, first_step, total_steps))
         bar = stack.enter_context(tqdm(
