@@ -3,8 +3,8 @@
 The folder is $JAX_COMPILATION_CACHE_DIR, else $XDG_CACHE_HOME/fastervit_jax/xla, else ~/.cache/fastervit_jax/xla. An
 empty JAX_COMPILATION_CACHE_DIR turns the cache off. XLA:GPU's choices of kernels are kept in the same folder.
 
-JAX finds a program by its text, which is to be traced and lowered first: 10 s for a train step. `keep` and `load` are
-for a whole executable, found by all that its text would come from.
+JAX finds a program by its text, which is to be traced and lowered first: half of a second start. `keep` and `load` are
+for a whole executable, found by what its text would come from.
 """
 
 import concurrent.futures

@@ -90,6 +90,9 @@ def test_our_folder_has_a_limit(untold, monkeypatch, tmp_path):
     for i, name in enumerate(("b", "d", "a", "c")):
         (place / f"{name}-cache").write_bytes(bytes(12))
         os.utime(place / f"{name}-cache", (1e9 + i, 1e9))
+    for name in ("e.executable", "f.executable.17"):
+        (place / name).write_bytes(bytes(12))
+        os.utime(place / name, (1e9 - 1, 1e9 - 1))
     (place / "xla_gpu_per_fusion_autotune_cache_dir").mkdir()
     compilation_cache.enable()
     assert sorted(x.name for x in place.iterdir()) == ["a-cache", "c-cache", "xla_gpu_per_fusion_autotune_cache_dir"]

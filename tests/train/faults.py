@@ -426,10 +426,10 @@ def ending(run: Run) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def small_disk(folder: pathlib.Path) -> Iterator[tuple[pathlib.Path, str]]:
+def small_disk(folder: pathlib.Path, size: str = "32m") -> Iterator[tuple[pathlib.Path, str]]:
     """A tmpfs, and why there is none."""
     folder.mkdir(parents=True)
-    command = ["mount", "-t", "tmpfs", "-o", "size=32m", "tmpfs", str(folder)]
+    command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
     mount = subprocess.run(command, capture_output=True, text=True)
     try:
         yield folder, mount.stderr.strip()
