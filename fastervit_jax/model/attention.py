@@ -55,7 +55,8 @@ def scaled(x: Float[Array, "... c"], gamma: Float[Array, "c"] | None) -> Float[A
 class Attention(nn.Module):
     """Multi-head self-attention of tokens on a rows × cols grid, with `leading` tokens before them.
 
-    The result is multiplied by gamma, where there is a layer scale.
+    The result is multiplied by gamma, where there is a layer scale. `bias` is what this module's position network gives
+    for the grid, where that has been computed already.
 
     `kernels`: how it is computed, one of `ops.kernels.KERNELS`.
 
@@ -74,10 +75,11 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(
         self, x: Float[Array, "b t c"], rows: int, cols: int, leading: int, train: bool,
-        gamma: Float[Array, "c"] | None = None,
+        gamma: Float[Array, "c"] | None = None, bias: Float[Array, "h t t"] | None = None,
     ) -> Float[Array, "b t c"]:
         qkv = dense(3 * self.width, use_bias=self.qkv_bias, dtype=self.dtype, name="qkv")(x)
-        bias = RelativePositionBias(self.heads, name="position_bias")(rows, cols, leading)
+        if bias is None:
+            bias = RelativePositionBias(self.heads, name="position_bias")(rows, cols, leading)
         if self.is_mutable_collection("attention") and not self.is_initializing():
             q, k, _ = split_heads(qkv, self.heads)
             self.sow("attention", "weights", attention_weights(q, k, bias), init_fn=lambda: None,

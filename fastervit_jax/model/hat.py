@@ -20,9 +20,11 @@ from jaxtyping import Array, Float
 
 from fastervit_jax.model.attention import MLP, Attention, LayerNorm, drop_path, layer_scale, scaled
 from fastervit_jax.model.conv import Conv3x3
-from fastervit_jax.model.position import AbsolutePosition
+from fastervit_jax.model.position import AbsolutePosition, RelativePositionBias, of_all_blocks
 from fastervit_jax.ops.gelu import is_16_bit
 from fastervit_jax.ops.kernels import chosen
+
+PositionTerms = dict[str, Array]
 
 
 def partition(x: Float[Array, "b h w c"], side: int) -> Float[Array, "b n t c"]:
@@ -105,7 +107,8 @@ class HATBlock(nn.Module):
 
     `propagate`: after the block, add each window's carrier tokens to its tokens, upsampled.
     Drop path drops a branch for each image (carrier tokens) or each window of each image
-    (windows), as the official code does.
+    (windows), as the official code does. `terms` has what the block's position networks give, where that has been
+    computed already: by name, as `HATStage.position_terms` says.
     """
 
     width: int
@@ -136,12 +139,17 @@ class HATBlock(nn.Module):
     def gamma(self, name: str) -> Array | None:
         return layer_scale(self, name, self.layer_scale, self.width)
 
+    def position(self, name: str, terms: PositionTerms, rows: int, cols: int) -> Float[Array, "t c"]:
+        return terms[name] if name in terms else AbsolutePosition(self.width, name=name)(rows, cols)
+
     @nn.compact
     def __call__(
-        self, x: Float[Array, "b n t c"], carriers: Float[Array, "b n k c"] | None, rows: int, cols: int, train: bool
+        self, x: Float[Array, "b n t c"], carriers: Float[Array, "b n k c"] | None, rows: int, cols: int, train: bool,
+        terms: PositionTerms | None = None,
     ) -> tuple[Float[Array, "b n t c"], Float[Array, "b n k c"] | None]:
+        terms = terms or {}
         batch, windows, tokens, _ = x.shape
-        position = AbsolutePosition(self.width, name="position")(self.window, self.window)
+        position = self.position("position", terms, self.window, self.window)
         x = x + position.astype(self.dtype)[None, None]
 
         leading = 0
@@ -149,11 +157,12 @@ class HATBlock(nn.Module):
         if carriers is not None:
             leading = self.ct_size**2
             gamma1 = self.gamma("gamma1")
-            carriers = self.attend_over_image(carriers, rows, cols, gamma1, train)
+            carriers = self.attend_over_image(carriers, rows, cols, gamma1, train, terms)
             z = join(carriers, x, self.kernels)
 
         y = rearrange(self.norm("norm1")(z), "b n t c -> (b n) t c")
-        y = self.attention("attention")(y, self.window, self.window, leading, train, self.gamma("gamma3"))
+        y = self.attention("attention")(
+            y, self.window, self.window, leading, train, self.gamma("gamma3"), terms.get("attention"))
         y = y.reshape(batch, windows, leading + tokens, self.width)
         z = z + drop_path(self.drop_path_rate, 2, train, y)
         y = self.mlp("mlp")(self.norm("norm2")(z), train, self.gamma("gamma4"))
@@ -167,14 +176,16 @@ class HATBlock(nn.Module):
         return x, carriers
 
     def attend_over_image(
-        self, carriers: Float[Array, "b n k c"], rows: int, cols: int, gamma1: Array | None, train: bool
+        self, carriers: Float[Array, "b n k c"], rows: int, cols: int, gamma1: Array | None, train: bool,
+        terms: PositionTerms,
     ) -> Float[Array, "b n k c"]:
         """Full attention and MLP among all carrier tokens of an image, in raster order."""
         high, wide = rows * self.ct_size, cols * self.ct_size
         c = unpartition(carriers, self.ct_size, rows, cols).reshape(-1, high * wide, self.width)
-        position = AbsolutePosition(self.width, name="carrier_position")(high, wide)
+        position = self.position("carrier_position", terms, high, wide)
         c = c + position.astype(self.dtype)[None]
-        y = self.attention("carrier_attention")(self.norm("carrier_norm1")(c), high, wide, 0, train, gamma1)
+        y = self.attention("carrier_attention")(
+            self.norm("carrier_norm1")(c), high, wide, 0, train, gamma1, terms.get("carrier_attention"))
         c = c + drop_path(self.drop_path_rate, 1, train, y)
         y = self.mlp("carrier_mlp")(self.norm("carrier_norm2")(c), train, self.gamma("gamma2"))
         c = c + drop_path(self.drop_path_rate, 1, train, y)
@@ -218,6 +229,7 @@ class HATStage(nn.Module):
             init = CarrierInit(self.width, self.window, self.ct_size, self.dtype, name="carrier_init")
             carriers = init(x)
         x = partition(x, self.window)
+        terms = self.position_terms(rows, cols, carriers is not None)
         block = nn.remat(HATBlock, static_argnums=(3, 4, 5)) if self.remat else HATBlock
         for i, rate in enumerate(self.drop_path_rates):
             last = i == len(self.drop_path_rates) - 1
@@ -226,5 +238,25 @@ class HATStage(nn.Module):
                 mlp_ratio=self.mlp_ratio, qkv_bias=self.qkv_bias, layer_scale=self.layer_scale,
                 propagate=self.do_propagation and last, drop_path_rate=rate, drop_rate=self.drop_rate,
                 attn_drop_rate=self.attn_drop_rate, dtype=self.dtype, kernels=self.kernels, name=f"blocks_{i}",
-            )(x, carriers, rows, cols, train)
+            )(x, carriers, rows, cols, train, terms[i])
         return unpartition(x, self.window, rows, cols)[:, :height, :width]
+
+    def position_terms(self, rows: int, cols: int, carriers: bool) -> list[PositionTerms]:
+        """Of each block, computed for all blocks at once; none while the networks have no parameters yet.
+
+        "position" (t, c) and "attention" (heads, k + t, k + t) of windows, "carrier_position" and "carrier_attention"
+        of carrier tokens.
+        """
+        if self.is_initializing():
+            return [{} for _ in self.drop_path_rates]
+        blocks = [self.variables["params"][f"blocks_{i}"] for i in range(len(self.drop_path_rates))]
+        grids = {"": (self.window, self.window, self.ct_size**2 if carriers else 0)}
+        if carriers:
+            grids["carrier_"] = (rows * self.ct_size, cols * self.ct_size, 0)
+        terms = {}
+        for name, (high, wide, leading) in grids.items():
+            networks = [block[f"{name}position"] for block in blocks]
+            terms[f"{name}position"] = of_all_blocks(AbsolutePosition, self.width, networks, high, wide)
+            networks = [block[f"{name}attention"]["position_bias"] for block in blocks]
+            terms[f"{name}attention"] = of_all_blocks(RelativePositionBias, self.heads, networks, high, wide, leading)
+        return [{name: term[i] for name, term in terms.items()} for i in range(len(blocks))]

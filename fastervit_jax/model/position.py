@@ -6,9 +6,11 @@ parameters serve every window size, carrier count and resolution.
 Axes: n tokens of a rows × cols grid in raster order, h heads, c channels.
 """
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
@@ -90,3 +92,14 @@ class AbsolutePosition(nn.Module):
     @nn.compact
     def __call__(self, rows: int, cols: int) -> Float[Array, "n c"]:
         return CoordinateMLP(self.width, name="mlp")(jnp.asarray(absolute_coordinates(rows, cols)))
+
+
+def of_all_blocks(
+    kind: type[AbsolutePosition | RelativePositionBias], size: int, networks: Sequence[Mapping[str, Any]], *grid: int
+) -> Float[Array, "k ..."]:
+    """What modules of a kind and size give for the same grid, where `networks` are the parameters of each of k.
+
+    A GPU needs ten small kernels for a network, forward and backward: here, ten for all of them.
+    """
+    stacked = jax.tree.map(lambda *arrays: jnp.stack(arrays), *networks)
+    return jax.vmap(lambda params: kind(size, parent=None).apply({"params": params}, *grid))(stacked)
