@@ -5,7 +5,7 @@ tokens attend to each other over the whole image; then each window attends to it
 carrier tokens together.
 
 Axes: b batch, h and w height and width of a map, c channels, n windows (row-major in the grid),
-t tokens of a window (row-major), k carrier tokens of a window (row-major).
+t tokens of a window (row-major), k carrier tokens of a window (row-major), s = k + t.
 """
 
 import functools
@@ -79,13 +79,13 @@ def upsample_nearest(carriers: Float[Array, "b n k c"], ct_size: int, window: in
     return carriers[:, :, (near[:, None] * ct_size + near[None, :]).reshape(-1)]
 
 
-def join(carriers: Float[Array, "b n k c"], x: Float[Array, "b n t c"], kernels: str) -> Float[Array, "b n k+t c"]:
-    """Each window's carrier tokens and its tokens, one after the other."""
-    if not chosen(kernels, x.dtype, ""):
-        return jnp.concatenate([carriers, x], axis=2)
-    # XLA's concatenation for GPUs takes twice as long.
-    z = jnp.pad(x, ((0, 0), (0, 0), (carriers.shape[2], 0), (0, 0)))
-    return jax.lax.dynamic_update_slice(z, carriers, (0, 0, 0, 0))
+def with_carriers(
+    z: Float[Array, "b n s c"], carriers: Float[Array, "b n k c"], kernels: str
+) -> Float[Array, "b n s c"]:
+    """The windows' tokens with these carrier tokens, which come first, in place of those that are there."""
+    if chosen(kernels, z.dtype, ""):
+        return jax.lax.dynamic_update_slice(z, carriers, (0, 0, 0, 0))  # concatenation takes XLA for GPUs twice as long
+    return jnp.concatenate([carriers, z[:, :, carriers.shape[2] :]], axis=2)
 
 
 class CarrierInit(nn.Module):
@@ -104,6 +104,8 @@ class CarrierInit(nn.Module):
 
 class HATBlock(nn.Module):
     """One block: carrier tokens attend over the image, then each window attends with its carrier tokens.
+
+    The tokens of a window are its `leading` carrier tokens, of which there may be none, and then those of the map.
 
     `propagate`: after the block, add each window's carrier tokens to its tokens, upsampled.
     Drop path drops a branch for each image (carrier tokens) or each window of each image
@@ -144,36 +146,30 @@ class HATBlock(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "b n t c"], carriers: Float[Array, "b n k c"] | None, rows: int, cols: int, train: bool,
+        self, z: Float[Array, "b n s c"], leading: int, rows: int, cols: int, train: bool,
         terms: PositionTerms | None = None,
-    ) -> tuple[Float[Array, "b n t c"], Float[Array, "b n k c"] | None]:
+    ) -> Float[Array, "b n s c"]:
         terms = terms or {}
-        batch, windows, tokens, _ = x.shape
-        position = self.position("position", terms, self.window, self.window)
-        x = x + position.astype(self.dtype)[None, None]
-
-        leading = 0
-        z = x
-        if carriers is not None:
-            leading = self.ct_size**2
+        carriers = z[:, :, :leading]
+        position = self.position("position", terms, self.window, self.window).astype(self.dtype)
+        z = z + jnp.pad(position, ((leading, 0), (0, 0)))[None, None]
+        if leading:
             gamma1 = self.gamma("gamma1")
             carriers = self.attend_over_image(carriers, rows, cols, gamma1, train, terms)
-            z = join(carriers, x, self.kernels)
+            z = with_carriers(z, carriers, self.kernels)
 
         y = rearrange(self.norm("norm1")(z), "b n t c -> (b n) t c")
         y = self.attention("attention")(
             y, self.window, self.window, leading, train, self.gamma("gamma3"), terms.get("attention"))
-        y = y.reshape(batch, windows, leading + tokens, self.width)
+        y = y.reshape(z.shape)
         z = z + drop_path(self.drop_path_rate, 2, train, y)
         y = self.mlp("mlp")(self.norm("norm2")(z), train, self.gamma("gamma4"))
         z = z + drop_path(self.drop_path_rate, 2, train, y)
-        if carriers is None:
-            return z, None
-
-        carriers, x = z[:, :, :leading], z[:, :, leading:]
-        if self.propagate:
+        if leading and self.propagate:
+            carriers, x = z[:, :, :leading], z[:, :, leading:]
             x = x + scaled(upsample_nearest(carriers, self.ct_size, self.window), gamma1)
-        return x, carriers
+            z = jnp.concatenate([carriers, x], axis=2)
+        return z
 
     def attend_over_image(
         self, carriers: Float[Array, "b n k c"], rows: int, cols: int, gamma1: Array | None, train: bool,
@@ -224,24 +220,23 @@ class HATStage(nn.Module):
         rows, cols = -(-height // self.window), -(-width // self.window)
         x = jnp.pad(x, ((0, 0), (0, rows * self.window - height), (0, cols * self.window - width), (0, 0)))
 
-        carriers = None
+        z, leading = partition(x, self.window), 0
         if self.hat and (rows * cols > 1 or self.is_initializing()):
             init = CarrierInit(self.width, self.window, self.ct_size, self.dtype, name="carrier_init")
-            carriers = init(x)
-        x = partition(x, self.window)
-        terms = self.position_terms(rows, cols, carriers is not None)
-        block = nn.remat(HATBlock, static_argnums=(3, 4, 5)) if self.remat else HATBlock
+            z, leading = jnp.concatenate([init(x), z], axis=2), self.ct_size**2
+        terms = self.position_terms(rows, cols, leading)
+        block = nn.remat(HATBlock, static_argnums=(2, 3, 4, 5)) if self.remat else HATBlock
         for i, rate in enumerate(self.drop_path_rates):
             last = i == len(self.drop_path_rates) - 1
-            x, carriers = block(
+            z = block(
                 width=self.width, heads=self.heads, window=self.window, ct_size=self.ct_size,
                 mlp_ratio=self.mlp_ratio, qkv_bias=self.qkv_bias, layer_scale=self.layer_scale,
                 propagate=self.do_propagation and last, drop_path_rate=rate, drop_rate=self.drop_rate,
                 attn_drop_rate=self.attn_drop_rate, dtype=self.dtype, kernels=self.kernels, name=f"blocks_{i}",
-            )(x, carriers, rows, cols, train, terms[i])
-        return unpartition(x, self.window, rows, cols)[:, :height, :width]
+            )(z, leading, rows, cols, train, terms[i])
+        return unpartition(z[:, :, leading:], self.window, rows, cols)[:, :height, :width]
 
-    def position_terms(self, rows: int, cols: int, carriers: bool) -> list[PositionTerms]:
+    def position_terms(self, rows: int, cols: int, leading: int) -> list[PositionTerms]:
         """Of each block, computed for all blocks at once; none while the networks have no parameters yet.
 
         "position" (t, c) and "attention" (heads, k + t, k + t) of windows, "carrier_position" and "carrier_attention"
@@ -250,8 +245,8 @@ class HATStage(nn.Module):
         if self.is_initializing():
             return [{} for _ in self.drop_path_rates]
         blocks = [self.variables["params"][f"blocks_{i}"] for i in range(len(self.drop_path_rates))]
-        grids = {"": (self.window, self.window, self.ct_size**2 if carriers else 0)}
-        if carriers:
+        grids = {"": (self.window, self.window, leading)}
+        if leading:
             grids["carrier_"] = (rows * self.ct_size, cols * self.ct_size, 0)
         terms = {}
         for name, (high, wide, leading) in grids.items():

@@ -81,8 +81,8 @@ def test_drop_path_in_a_block(key):
     rate = 0.5
     block = HATBlock(width=4, heads=2, window=2, ct_size=1, mlp_ratio=1.0, qkv_bias=True, layer_scale=None,
                      propagate=False, drop_path_rate=rate, drop_rate=0.0, attn_drop_rate=0.0, dtype="float32")
-    x, carriers = jnp.ones((64, 4, 4, 4)), jnp.ones((64, 4, 1, 4))
-    variables = block.init(key, x, carriers, 2, 2, False)
+    tokens = jnp.ones((64, 4, 1 + 4, 4))
+    variables = block.init(key, tokens, 1, 2, 2, False)
 
     def zero(*names):
         """The block without what these layers add, so that only the other branches show."""
@@ -97,8 +97,9 @@ def test_drop_path_in_a_block(key):
 
     branches = {"attention", "mlp", "carrier_attention", "carrier_mlp"}
     for branch in sorted(branches):
-        out, carriers_out = block.apply(zero(*branches - {branch}), x, carriers, 2, 2, True, rngs={"dropout": key})
-        added = np.asarray(carriers_out[:, :, 0, 0]) - 1  # 1 / rate where kept, 0 where dropped
+        out = block.apply(zero(*branches - {branch}), tokens, 1, 2, 2, True, rngs={"dropout": key})
+        carriers, out = out[:, :, :1], out[:, :, 1:]
+        added = np.asarray(carriers[:, :, 0, 0]) - 1  # 1 / rate where kept, 0 where dropped
         assert set(np.unique(added)) == {0.0, 1 / rate}, branch
         alike = (added == added[:, :1]).all()
         assert alike == branch.startswith("carrier"), branch
