@@ -78,9 +78,9 @@ def mlp_block(p: Tree, x: Float[Array, "b t c"], kernels: str) -> Float[Array, "
     return x + mlp(normalise(x, 1e-5, kernels), hidden, out, kernels=kernels)
 
 
-def conv_block(p: Tree, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+def conv_block(p: Tree, x: Float[Array, "b h w c"], kernels: str) -> Float[Array, "b h w c"]:
     """x + conv(GELU(conv(x)))."""
-    return x + conv(p["conv2"], gelu(conv(p["conv1"], x)))
+    return x + conv(p["conv2"], gelu(conv(p["conv1"], x), kernels=kernels))
 
 
 def carrier_tables(networks: Tree, rows: int, cols: int, ct_size: int) -> dict[str, Array]:
@@ -202,7 +202,7 @@ class DeployedFasterViT:
                 x = conv(down["conv"], x, stride=2)
             if i < 2:
                 for block in range(self.config.depths[i]):
-                    x = conv_block(p[f"stages_{i}"][f"blocks_{block}"], x)
+                    x = conv_block(p[f"stages_{i}"][f"blocks_{block}"], x, self.kernels)
             else:
                 stored = self.config.windows(i, *self.image_size)
                 x = hat_stage(p[f"stages_{i}"], x, i, self.config, stored, self.kernels)

@@ -20,8 +20,10 @@ from fastervit_jax.ops.kernels import Rows, call, chosen, over_batch
 
 OVER = (1, 2, 3)
 """The axes that statistics are taken over."""
-PROGRAMS = 1024
-"""At most so many share the kernel's rows."""
+VALUES, WARPS = 4096, 8
+"""Values that a program computes, and with how many warps."""
+SUM_PROGRAMS, SUM_VALUES = 2112, 1024
+"""At most so many programs share the rows that are added up, of which each holds so many values at a time."""
 
 ACTIVATIONS = ("none", "relu", "gelu")
 
@@ -71,8 +73,11 @@ def _forward(x, scale, bias, pivot, factor, epsilon, activation, dtype, kernels)
     mean = pivot[None] + d_mean
     var = jnp.maximum((d * d).mean(OVER) - d_mean * d_mean, 0.0)
     inverse = jax.lax.rsqrt(var + epsilon)
-    normal = (x.astype(jnp.float32) - _wide(mean)) * _wide(inverse * scale[None]) + bias[None, None, None, None]
-    y = _times(activate(normal, activation, dtype), factor).astype(dtype)
+    if _by_kernel(x, activation, factor, kernels):
+        y = _normalise(_rows(x), mean, inverse * scale[None], _each(bias, mean)).reshape(x.shape)
+    else:
+        normal = (x.astype(jnp.float32) - _wide(mean)) * _wide(inverse * scale[None]) + bias[None, None, None, None]
+        y = _times(activate(normal, activation, dtype), factor).astype(dtype)
     return (y, mean, var), (x, scale, bias, factor, mean, inverse)
 
 
@@ -80,6 +85,15 @@ def _backward(epsilon, activation, dtype, kernels, residuals, gradients):
     x, scale, bias, factor, mean, inverse = residuals
     d_out = gradients[0]
     lean = gelu.is_16_bit(x.dtype)
+    count = x.size // (x.shape[0] * x.shape[-1])
+    none = None if factor is None else jnp.zeros_like(factor)
+
+    if _by_kernel(x, activation, factor, kernels):
+        known = _rows(x), _rows(d_out), mean, inverse, _each(scale, mean), _each(bias, mean)
+        sums = _sums(*known)
+        d_scale, d_bias = sums[:, 0], sums[:, 1]
+        d_x = _input_gradient(*known, d_scale / count, d_bias / count).reshape(x.shape)
+        return d_x, d_scale.sum(0), d_bias.sum(0), jnp.zeros_like(mean[0]), none
 
     def through_activation(x, d_out):
         normal = (x.astype(jnp.float32) - _wide(mean)) * _wide(inverse)
@@ -88,33 +102,61 @@ def _backward(epsilon, activation, dtype, kernels, residuals, gradients):
 
     if lean:
         x, d_out = jax.lax.optimization_barrier((x, d_out))
-    if activation == "gelu" and factor is None and chosen(kernels, x.dtype, ""):
-        rows = (len(x), -1, x.shape[-1])
-        vectors = mean, inverse, *(jnp.broadcast_to(vector, mean.shape) for vector in (scale, bias))
-        sums = _sums(x.reshape(rows), d_out.reshape(rows), *vectors)
-        d_scale, d_bias = sums[:, 0], sums[:, 1]
-    else:
-        normal, d_scaled = through_activation(x, d_out)
-        # One reduction of two arrays: with two of them, XLA writes d_scaled, and reads it for each.
-        zero = jnp.zeros((), jnp.float32)
-        d_bias, d_scale = jax.lax.reduce(
-            (d_scaled, d_scaled * normal), (zero, zero), lambda a, b: (a[0] + b[0], a[1] + b[1]), OVER)
+    normal, d_scaled = through_activation(x, d_out)
+    # One reduction of two arrays: with two of them, XLA writes d_scaled, and reads it for each.
+    zero = jnp.zeros((), jnp.float32)
+    d_bias, d_scale = jax.lax.reduce(
+        (d_scaled, d_scaled * normal), (zero, zero), lambda a, b: (a[0] + b[0], a[1] + b[1]), OVER)
     if lean:
         x, d_out, d_bias, d_scale = jax.lax.optimization_barrier((x, d_out, d_bias, d_scale))
     normal, d_scaled = through_activation(x, d_out)
-    count = x.size // (x.shape[0] * x.shape[-1])
     d_x = _wide(inverse * scale[None]) * (d_scaled - _wide(d_bias / count) - normal * _wide(d_scale / count))
-    none = None if factor is None else jnp.zeros_like(factor)
     return d_x.astype(x.dtype), d_scale.sum(0), d_bias.sum(0), jnp.zeros_like(mean[0]), none
 
 
+# With GELU, by kernels: XLA's passes do not reach the memory's bandwidth, and it makes three of the gradient's two.
+
+
+def _by_kernel(x: Array, activation: str, factor: Array | None, kernels: str) -> bool:
+    return activation == "gelu" and factor is None and chosen(kernels, x.dtype, "")
+
+
+def _rows(x: Float[Array, "g n h w c"]) -> Float[Array, "g r c"]:
+    return x.reshape(len(x), -1, x.shape[-1])
+
+
+def _each(vector: Float[Array, "c"], groups: Float[Array, "g c"]) -> Float[Array, "g c"]:
+    return jnp.broadcast_to(vector, groups.shape)
+
+
+def _normalise_kernel(x_ref, mean_ref, gain_ref, bias_ref, out_ref) -> None:
+    rows, tile = Rows(x_ref.shape, pl.program_id(0), VALUES), pl.program_id(1)
+    mean, gain, bias = (rows.vector(ref) for ref in (mean_ref, gain_ref, bias_ref))
+    normal = (rows.load(x_ref, tile) - mean) * gain + bias
+    rows.store(out_ref, tile, gelu.value(normal, out_ref.dtype, in_kernel=True))
+
+
+def normalise(
+    x: Float[Array, "g r c"], mean: Float[Array, "g c"], gain: Float[Array, "g c"], bias: Float[Array, "g c"]
+) -> Float[Array, "g r c"]:
+    """The kernel on one device: GELU((x - mean) · gain + bias)."""
+    return call(_normalise_kernel, "batch_norm_gelu", (x, mean, gain, bias), [(x.shape, x.dtype)],
+                grid=(len(x), Rows(x.shape, values=VALUES).tiles), warps=WARPS)[0]
+
+
+def _through_gelu(rows: Rows, tile: Any, x_ref, d_out_ref, *vectors) -> tuple[Array, Array]:
+    """Of a tile, the normalised values, and the gradient of what GELU gets."""
+    mean, inverse, scale, bias = vectors
+    normal = (rows.load(x_ref, tile) - mean) * inverse
+    return normal, rows.load(d_out_ref, tile) * gelu.slope(normal * scale + bias, x_ref.dtype, in_kernel=True)
+
+
 def _sums_kernel(x_ref, d_out_ref, mean_ref, inverse_ref, scale_ref, bias_ref, sums_ref) -> None:
-    rows = Rows(x_ref.shape, part=pl.program_id(0))
-    mean, inverse, scale, bias = (rows.vector(ref) for ref in (mean_ref, inverse_ref, scale_ref, bias_ref))
+    rows = Rows(x_ref.shape, pl.program_id(0), SUM_VALUES)
+    vectors = [rows.vector(ref) for ref in (mean_ref, inverse_ref, scale_ref, bias_ref)]
 
     def tile(place):
-        normal = (rows.load(x_ref, place) - mean) * inverse
-        d_scaled = rows.load(d_out_ref, place) * gelu.slope(normal * scale + bias, x_ref.dtype, in_kernel=True)
+        normal, d_scaled = _through_gelu(rows, place, x_ref, d_out_ref, *vectors)
         return d_scaled * normal, d_scaled
 
     rows.add_up(tile, sums_ref, pl.program_id(1), sums_ref.shape[1])
@@ -125,12 +167,33 @@ def sums(
     scale: Float[Array, "g c"], bias: Float[Array, "g c"],
 ) -> Float[Array, "g 2 c"]:
     """The kernel on one device: gradients of scale and bias of each group, from that of GELU's output."""
-    programs = min(max(1, PROGRAMS // len(x)), Rows(x.shape).tiles)
+    programs = min(max(1, SUM_PROGRAMS // len(x)), Rows(x.shape, values=SUM_VALUES).tiles)
     partial = (len(x), programs, 2, x.shape[2]), jnp.float32
     return call(_sums_kernel, "batch_norm_sums", (x, d_out, mean, inverse, scale, bias), [partial],
-                grid=(len(x), programs), warps=4)[0].sum(1)
+                grid=(len(x), programs), warps=WARPS)[0].sum(1)
 
 
+def _input_gradient_kernel(x_ref, d_out_ref, mean_ref, inverse_ref, scale_ref, bias_ref, d_scale_ref, d_bias_ref,
+                           d_x_ref) -> None:
+    rows, tile = Rows(x_ref.shape, pl.program_id(0), VALUES), pl.program_id(1)
+    vectors = _, inverse, scale, _ = [rows.vector(ref) for ref in (mean_ref, inverse_ref, scale_ref, bias_ref)]
+    normal, d_scaled = _through_gelu(rows, tile, x_ref, d_out_ref, *vectors)
+    d_normal = d_scaled - rows.vector(d_bias_ref) - normal * rows.vector(d_scale_ref)
+    rows.store(d_x_ref, tile, inverse * scale * d_normal)
+
+
+def input_gradient(
+    x: Float[Array, "g r c"], d_out: Float[Array, "g r c"], mean: Float[Array, "g c"], inverse: Float[Array, "g c"],
+    scale: Float[Array, "g c"], bias: Float[Array, "g c"], d_scale: Float[Array, "g c"], d_bias: Float[Array, "g c"],
+) -> Float[Array, "g r c"]:
+    """The kernel on one device. `d_scale` and `d_bias` are what `sums` gives, divided by how many values it sums."""
+    return call(_input_gradient_kernel, "batch_norm_gradient", (x, d_out, mean, inverse, scale, bias, d_scale, d_bias),
+                [(x.shape, x.dtype)], grid=(len(x), Rows(x.shape, values=VALUES).tiles), warps=WARPS)[0]
+
+
+_normalise = over_batch(normalise, "g r c, g c, g c, g c -> g r c", split=("g", "r"))
+_input_gradient = over_batch(
+    input_gradient, "g r c, g r c, g c, g c, g c, g c, g c, g c -> g r c", split=("g", "r"))
 _sums = over_batch(sums, "g r c, g r c, g c, g c, g c, g c -> g two c", split=("g", "r"))
 
 batch_norm.defvjp(_forward, _backward)

@@ -83,12 +83,12 @@ class Rows:
     """The rows of an array (r, c), or of one part of an array (parts, r, c), a tile at a time; float32 in a program."""
 
     TILE = 4096
-    """Values that a program holds at a time, of several rows where they are short."""
+    """Values that a program holds at a time if `values` says nothing else, of several rows where they are short."""
 
-    def __init__(self, shape: tuple[int, ...], part: Any = None):
+    def __init__(self, shape: tuple[int, ...], part: Any = None, values: int = TILE):
         *_, self.count, self.channels = shape
         self.columns = padded(self.channels)
-        self.rows = max(1, self.TILE // self.columns)
+        self.rows = max(1, values // self.columns)
         self.tiles = pl.cdiv(self.count, self.rows)
         self.column = jnp.arange(self.columns) < self.channels
         self.part = () if part is None else (part,)

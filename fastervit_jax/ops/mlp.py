@@ -58,7 +58,7 @@ def mlp(
     """
     width = max(x.shape[-1], out[0].shape[-1])
     if not chosen(kernels, x.dtype, "dropout" if drop else "") or (kernels == "auto" and width > MOST_WIDTH):
-        x = gelu.gelu(linear(x, hidden))
+        x = gelu.gelu(linear(x, hidden), kernels=kernels)
         return drop(linear(drop(x), out)) if drop else linear(x, out)
     (first, first_bias), (second, second_bias) = ([w.astype(x.dtype) for w in weights] for weights in (hidden, out))
     y = _mlp(x.reshape(-1, x.shape[-1]), first, first_bias, second).reshape(*x.shape[:-1], -1)
@@ -167,7 +167,7 @@ def _mlp(
 
 def _mlp_forward(x, first, bias, second):
     hidden = linear(x, (first, bias))  # the gradient needs it: writing it as well, the kernel would be no faster
-    out = gelu.gelu(hidden)
+    out = gelu.gelu(hidden, kernels="pallas")
     return out @ second, (x, first, bias, second, out, hidden)
 
 
