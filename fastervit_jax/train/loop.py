@@ -109,7 +109,7 @@ def train(
             state = state.replace(
                 bad_steps=jax.jit(lambda: jnp.int32(0), out_shardings=state.bad_steps.sharding)())
         else:
-            state, left = create_state(model, optimizer, config, mesh), {}
+            state, left = create_state(model, optimizer, config, mesh, abstract), {}
         first_step = int(state.step)
         batches = stack.enter_context(contextlib.closing(loader.train_batches(
             train_source, config, first_step=first_step, last_step=total_steps, sharding=sharding.over_batch(mesh))))

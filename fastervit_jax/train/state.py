@@ -70,10 +70,13 @@ def abstract_state(
 
 
 def create_state(
-    model: FasterViT, optimizer: optax.GradientTransformation, config: ConfigDict, mesh: jax.sharding.Mesh
+    model: FasterViT, optimizer: optax.GradientTransformation, config: ConfigDict, mesh: jax.sharding.Mesh,
+    abstract: TrainState | None = None,
 ) -> TrainState:
-    """The state at step 0 on the devices of `mesh`."""
-    lying = jax.tree.map(lambda x: x.sharding, abstract_state(model, optimizer, config, mesh))
+    """The state at step 0 on the devices of `mesh`; `abstract` is its `abstract_state`, where that is there already."""
+    if abstract is None:
+        abstract = abstract_state(model, optimizer, config, mesh)  # traces the model
+    lying = jax.tree.map(lambda x: x.sharding, abstract)
     return jax.jit(lambda: _create(model, optimizer, config), out_shardings=lying)()
 
 

@@ -65,8 +65,9 @@ class Report:
 # From a source into a model
 
 
+@functools.lru_cache(maxsize=16)  # it traces the model
 def abstract_variables(config: ModelConfig) -> dict[str, Any]:
-    """Shapes and dtypes of a model's variables, which depend on neither windows nor images."""
+    """Shapes and dtypes of a model's variables, which depend on neither windows nor images. Not to be changed."""
     return jax.eval_shape(lambda: _initial(config, 0))
 
 
@@ -75,7 +76,7 @@ def _initial(config: ModelConfig, seed: int) -> dict[str, Any]:
     return FasterViT(config).init(jax.random.key(seed), jnp.zeros((1, 32, 32, config.in_chans)))
 
 
-@functools.lru_cache(maxsize=16)  # it traces the model
+@functools.lru_cache(maxsize=16)
 def layout(config: ModelConfig) -> dict[str, tuple[str, str, tuple[int, ...]]]:
     """Collection, Flax path and shape in PyTorch of each array of a model, by official name."""
     abstract = abstract_variables(config)
