@@ -21,8 +21,8 @@ from fastervit_jax.train.step import make_train_step
 from tests.data import mini
 
 CHANGES = {
-    "batch_size": 64, "epochs": 2, "learning_rate": 5e-4, "warmup_epochs": 1, "log_every_steps": 4,
-    "eval_every_epochs": 1, "model.dim": 8, "model.in_dim": 8, "model.depths": (1, 1, 1, 1),
+    "batch_size": 64, "epochs": 2, "learning_rate": 2e-3, "warmup_epochs": 1, "log_every_steps": 4,
+    "eval_every_epochs": 1, "model.dim": 4, "model.in_dim": 8, "model.depths": (1, 1, 1, 1),
 }  # fmt: skip
 FLAGS = [f"--config.{key}={value}" for key, value in CHANGES.items()]
 

@@ -46,7 +46,7 @@ def test_it_learns_and_says_so(whole):
     assert events.count(b"train/loss") == 11
     assert events.count(b"eval/acc1") == 2
     saved = json.loads((workdir / "config.json").read_text())
-    assert saved["model"]["dim"] == 8
+    assert saved["model"]["dim"] == 4
     assert saved["clip_norm"] == 5.0
     speeds = [json.loads(line) for line in (workdir / "speed.jsonl").read_text().splitlines()]
     assert [line["step"] for line in speeds] == list(range(4, 45, 4))

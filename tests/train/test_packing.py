@@ -14,7 +14,8 @@ from fastervit_jax.train.state import abstract_state
 from tests.train import runs
 from tests.train.damage import make_state
 
-CHANGES = {"ema_decay": 0.9, "bn_group_size": 16}
+# Rounding differences grow with the learning rate.
+CHANGES = {"ema_decay": 0.9, "bn_group_size": 16, "learning_rate": 5e-4}
 
 
 def same(a, b):
@@ -94,14 +95,14 @@ def test_spent_states_are_freed_when_nothing_is_saved(monkeypatch, tmp_path):
 def test_training_is_the_same(monkeypatch, tmp_path, caplog):
     """Stopped and going on, too: figures, evaluations and checkpoints are those of a run that packs nothing. Each time
     the step is compiled once."""
-    config = runs.config(**CHANGES)
+    config = runs.config(**CHANGES, **{"data.train_split": "train[:704]"})  # twice eleven steps
     loop.train(config, tmp_path / "plain")
     monkeypatch.setitem(packing.SMALL, "cpu", 2**16)
     batches = []
 
     def call(step, packed, batch):
         assert isinstance(packed, list)
-        if len(batches) == 25:
+        if len(batches) == 13:
             raise runs.Stopped
         batches.append(batch)
         return step(packed, batch)
