@@ -11,7 +11,8 @@ every parameter and batch statistic. The weights and images are drawn again wher
 
 For the tests of files of weights: `--checkpoint` writes NAME.pth.tar, laid out as the published ones are;
 `--load FILE` loads a file into the case's model with strict=True and writes FILE.npz, the logits with it;
-`--shapes` writes NAME.json, names and shapes of the whole state dict at full size.
+`--shapes` writes NAME.json, names and shapes of the whole state dict at full size. `--serve` does what each line of
+stdin says, a JSON list of arguments, and then says "done": PyTorch and the package take seconds to import.
 """
 
 import argparse
@@ -114,14 +115,14 @@ def shapes(case: cases.Case) -> dict[str, list[int]]:
         torch.linspace = linspace
 
 
-def main():
+def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=pathlib.Path, required=True)
     parser.add_argument("--checkpoint", action="store_true")
     parser.add_argument("--load", type=pathlib.Path, nargs="*", metavar="FILE", help="one file for each case")
     parser.add_argument("--shapes", action="store_true")
     parser.add_argument("case", nargs="*", default=list(cases.CASES), help=f"default: {' '.join(cases.CASES)}")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     all_cases = {**cases.PUBLISHED, **cases.CASES}
     for i, name in enumerate(args.case):
         if args.shapes:
@@ -137,4 +138,9 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:] == ["--serve"]:
+        for line in sys.stdin:
+            main(json.loads(line))
+            print("done", flush=True)
+    else:
+        main(sys.argv[1:])

@@ -20,12 +20,21 @@ pytestmark = pytest.mark.oracle
 NO_EFFECT = ("num_heads", "window_size")  # of stages 0 and 1
 
 
-def oracle(*arguments):
-    """Run make.py with the official package, whose Python FASTERVIT_ORACLE names."""
+@pytest.fixture(scope="module")
+def oracle():
+    """Runs make.py with the official package, whose Python FASTERVIT_ORACLE names: one process for all tests."""
     python = os.environ.get("FASTERVIT_ORACLE")
     if not python:
         pytest.fail("set FASTERVIT_ORACLE to a Python that has the official package; tests/golden/make.py says how")
-    subprocess.run([python, official.GOLDEN / "make.py", *arguments], check=True)
+    with subprocess.Popen([python, official.GOLDEN / "make.py", "--serve"], text=True, bufsize=1,
+                          stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+
+        def run(*arguments):
+            print(json.dumps([str(argument) for argument in arguments]), file=process.stdin)
+            assert "done\n" in process.stdout, "make.py has ended"  # read up to there
+
+        yield run
+        process.stdin.close()
 
 
 def assert_same_architecture(found, expected):
@@ -73,7 +82,7 @@ def check_loaded(logits, folder, files, errors):
 
 
 @pytest.fixture(scope="module")
-def small(tmp_path_factory):
+def small(tmp_path_factory, oracle):
     """Every small case there and back: (logits, files, errors) by name, after the official model has read the files."""
     folder = tmp_path_factory.mktemp("small")
     small_cases = {name: case for name, case in cases.CASES.items() if name not in cases.PUBLISHED}
@@ -100,7 +109,7 @@ LARGE = ("faster_vit_4_224", "faster_vit_4_21k_384", "faster_vit_4_21k_512", "fa
 
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=pytest.mark.large) if name in LARGE else name for name in cases.PUBLISHED])
-def test_published_model(name, tmp_path):
+def test_published_model(name, tmp_path, oracle):
     case = cases.PUBLISHED[name]
     oracle("--out", tmp_path, "--checkpoint", name)
     logits, files, errors = there_and_back(name, case, tmp_path, (".pth", ".safetensors"))
@@ -111,7 +120,7 @@ def test_published_model(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["faster_vit_5_224", "faster_vit_6_224"])
-def test_names_and_shapes_of_the_largest(name, tmp_path):
+def test_names_and_shapes_of_the_largest(name, tmp_path, oracle):
     oracle("--out", tmp_path, "--shapes", name)
     theirs = {name: tuple(shape) for name, shape in json.loads((tmp_path / f"{name}.json").read_text()).items()}
     config = fv.create_model(name).config
