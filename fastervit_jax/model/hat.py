@@ -237,17 +237,19 @@ class HATStage(nn.Module):
         return unpartition(z[:, :, leading:], self.window, rows, cols)[:, :height, :width]
 
     def position_terms(self, rows: int, cols: int, leading: int) -> list[PositionTerms]:
-        """Of each block, computed for all blocks at once; none while the networks have no parameters yet.
+        """Of each block, computed for all blocks at once.
 
         "position" (t, c) and "attention" (heads, k + t, k + t) of windows, "carrier_position" and "carrier_attention"
-        of carrier tokens.
+        of carrier tokens. None of them where blocks lack parameters, which initialising makes, and Flax names else.
         """
-        if self.is_initializing():
-            return [{} for _ in self.drop_path_rates]
-        blocks = [self.variables["params"][f"blocks_{i}"] for i in range(len(self.drop_path_rates))]
         grids = {"": (self.window, self.window, leading)}
         if leading:
             grids["carrier_"] = (rows * self.ct_size, cols * self.ct_size, 0)
+        stage = self.variables.get("params", {})
+        blocks = [stage.get(f"blocks_{i}", {}) for i in range(len(self.drop_path_rates))]
+        needed = {f"{name}{kind}" for name in grids for kind in ("position", "attention")}
+        if not all(needed <= set(block) for block in blocks):
+            return [{} for _ in blocks]
         terms = {}
         for name, (high, wide, leading) in grids.items():
             networks = [block[f"{name}position"] for block in blocks]

@@ -5,12 +5,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.errors import ScopeParamNotFoundError
 from flax.traverse_util import flatten_dict
 
 import fastervit_jax as fv
 from fastervit_jax.model.attention import MLP, LayerNorm, drop_path
 from fastervit_jax.model.conv import BatchNorm, ConvBlock
-from fastervit_jax.model.hat import HATBlock
+from fastervit_jax.model.hat import HATBlock, HATStage
 from tests import official
 from tests.golden import cases
 
@@ -219,3 +220,39 @@ def test_batch_norm_of_groups(key):
     np.testing.assert_array_equal(*evaluated)
     with pytest.raises(ValueError, match="bn_group_size=2: expected a divisor of the batch of 5 images"):
         normalised(grouped, x[:5])
+
+
+@pytest.mark.parametrize("hat", [True, False])
+def test_position_terms_of_all_blocks_at_once(key, monkeypatch, hat):
+    """They are those that each block's own networks give, and so are the networks' gradients."""
+    stage = HATStage(width=8, heads=2, window=3, ct_size=2, mlp_ratio=1.0, qkv_bias=True, layer_scale=None, hat=hat,
+                     do_propagation=True, drop_path_rates=(0.0, 0.0, 0.0), drop_rate=0.0, attn_drop_rate=0.0,
+                     dtype="float32")
+    x = jax.random.normal(key, (2, 5, 9, 8))
+    variables = stage.init(key, x, False)
+    variables = {"params": jax.tree.map(  # of their own for each block, and large enough to be seen
+        lambda p: 0.5 * jax.random.normal(jax.random.key(p.size), p.shape), variables["params"])}
+    variables["params"] |= {f"blocks_{i}": jax.tree.map(lambda p, i=i: p * (1 + i), variables["params"][f"blocks_{i}"])
+                            for i in range(3)}
+
+    def outputs():
+        return stage.apply(variables, x, False), jax.grad(lambda v: (stage.apply(v, x, False) ** 2).sum())(variables)
+
+    terms = []
+    real = HATStage.position_terms
+    monkeypatch.setattr(HATStage, "position_terms", lambda self, *args: terms.append(real(self, *args)) or terms[-1])
+    at_once = outputs()
+    assert [sorted(block) for block in terms[0]] == 3 * [
+        ["attention", *(["carrier_attention", "carrier_position"] if hat else []), "position"]]
+    monkeypatch.setattr(HATStage, "position_terms", lambda *_: [{}, {}, {}])
+    for found, expected in zip(jax.tree.leaves(at_once), jax.tree.leaves(outputs()), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
+
+
+def test_a_network_that_is_missing_is_named(key):
+    model = fv.create_model("testing")
+    x = jnp.zeros((1, 32, 32, 3))
+    variables = model.init(key, x)
+    del variables["params"]["stages_3"]["blocks_0"]["position"]
+    with pytest.raises(ScopeParamNotFoundError, match="/stages_3/blocks_0/position/mlp/hidden"):
+        model.apply(variables, x)

@@ -9,6 +9,7 @@ import pytest
 from scipy import stats
 
 from fastervit_jax.ops.gelu import gelu, slope, value
+from tests.ops.sharded import on_eight_devices
 
 POINTS = jnp.concatenate([jnp.linspace(-12, 12, 100_001), jnp.array([-1e4, 1e4, 0.0])])
 
@@ -39,6 +40,18 @@ def test_numbers_that_are_not_finite(kernels):
     gradient, = backward(jnp.ones_like(x))
     np.testing.assert_array_equal(out.astype(jnp.float32)[:, 0], [jnp.inf, 0, jnp.nan, x.astype(jnp.float32)[3, 0], 0])
     np.testing.assert_array_equal(gradient.astype(jnp.float32)[:, 0], [1, 0, jnp.nan, 1, 0])
+
+
+def test_kernels_on_eight_devices(key):
+    x, direction = jax.random.normal(key, (2, 16, 7, 5))
+
+    def results(x, direction, kernels):
+        out, gradient = jax.vjp(functools.partial(gelu, kernels=kernels), x)
+        return out, *gradient(direction)
+
+    found = on_eight_devices(functools.partial(results, kernels="pallas"), (x, direction), split=(True, True))
+    for ours, theirs in zip(found, results(x, direction, "xla"), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-6, atol=1e-6)
 
 
 def test_without_erf_as_in_kernels():
