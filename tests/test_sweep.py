@@ -79,10 +79,10 @@ def test_names_and_columns(tmp_path):
         {"loss": "binary_cross_entropy", "model.depths": (2, 1, 1, 2)}]"""))
     assert [run.name for run in runs] == [
         "small-slow_seed=0",
-        "learning_rate=0.0005_hat=False_config.loss=cross_entropy_depths=1-1-1-1_seed=0",
-        "learning_rate=0.0005_hat=True_config.loss=cross_entropy_depths=1-1-1-1_seed=0",
-        "learning_rate=0.0005_hat=True_config.loss=binary_cross_entropy_depths=2-1-1-2_seed=0"]
-    assert runs[3].shown == {"learning_rate": 5e-4, "hat[2]": True, "config.loss": "binary_cross_entropy",
+        "learning_rate=0.002_hat=False_config.loss=cross_entropy_depths=1-1-1-1_seed=0",
+        "learning_rate=0.002_hat=True_config.loss=cross_entropy_depths=1-1-1-1_seed=0",
+        "learning_rate=0.002_hat=True_config.loss=binary_cross_entropy_depths=2-1-1-2_seed=0"]
+    assert runs[3].shown == {"learning_rate": 2e-3, "hat[2]": True, "config.loss": "binary_cross_entropy",
                              "depths": (2, 1, 1, 2)}
     assert runs[3].overrides == {"loss": "binary_cross_entropy", "model.depths": (2, 1, 1, 2)}
 
