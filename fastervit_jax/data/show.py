@@ -57,8 +57,8 @@ def show_train(config: ConfigDict, source: sources.Source, out: pathlib.Path) ->
         batch, _ = next(feed)
     key, _ = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), 0))  # as in the step
     targets = losses.smooth_one_hot(batch["label"], source.num_classes, 0.0)
-    images, targets, _ = augment.train_images(
-        key, batch["image"], targets, batch["weight"], config.augment, config.data.mean, config.data.std, mesh)
+    images, targets, _ = jax.jit(lambda *args: augment.train_images(
+        *args, config.augment, config.data.mean, config.data.std, mesh))(key, batch["image"], targets, batch["weight"])
     texts = []
     for target in np.asarray(targets):
         found = [int(label) for label in np.argsort(-target)[:2] if target[label] > 0]
