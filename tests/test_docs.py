@@ -38,7 +38,8 @@ NOT_RUN = {
 }
 """Parts of blocks that are not run as they stand, and why. The lines of a block that have none of these are run."""
 
-FEW = '--config.data.train_split="train[:128]" --config.epochs=1 --config.warmup_epochs=0 --config.log_every_steps=1'
+FEW = ('--config.data.train_split="train[:128]" --config.data.eval_split="validation[:64]" --config.epochs=1 '
+       "--config.warmup_epochs=0 --config.log_every_steps=1")
 TINY = ("--config.data.image_size=64 --config.data.workers=0 --config.model.dim=16 --config.model.in_dim=8 "
         '--config.model.depths="(1,1,1,1)" --config.model.window_size="(2,2,2,2)" --config.model.ct_size=1 '
         "--config.batch_size=8 --config.epochs=2 --config.bn_group_size=8")
@@ -62,7 +63,8 @@ SMALLER = (
     (r"configs/imagenet\.py --config\.data\.dir=tests/golden/imagenet --config\.data\.workers=2",
      'configs/imagenet.py --config.data.dir=tests/golden/imagenet --config.data.workers=0 --config.data.image_size=64 '
      '--config.model.window_size="(2,2,2,2)" --config.model.ct_size=1'),
-    (r"(configs/sweeps/\S+)", r"\1 --index=0 --of=18 --config.epochs=1 --config.data.train_split='train[:128]'"),
+    (r"(configs/sweeps/\S+)", r"\1 --index=0 --of=18 --config.epochs=1 --config.data.train_split='train[:128]' "
+     "--config.data.eval_split='validation[:64]'"),
     (r"\.venv/bin/python", "$python"),
 )
 
