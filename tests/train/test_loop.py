@@ -58,15 +58,18 @@ def test_it_learns_and_says_so(whole):
     jax.tree.map(np.testing.assert_array_equal, best, last)
 
 
-def test_eight_devices_give_the_same_curve(whole, tmp_path):
+def test_eight_devices_give_the_same_curve(tmp_path):
     assert jax.device_count() == 8
-    result = loop.train(runs.config(), tmp_path, jax.devices()[:1])
-    one, eight = runs.lines(tmp_path), runs.lines(whole[0])
+    # Rounding differences, here 1e-7, grow with steps and learning rate.
+    config = runs.config(**{"learning_rate": 5e-4, "data.train_split": "train[:640]"})
+    result = loop.train(config, tmp_path / "one", jax.devices()[:1])
+    expected = loop.train(config, tmp_path / "eight")
+    one, eight = runs.lines(tmp_path / "one"), runs.lines(tmp_path / "eight")
     assert [line["step"] for line in one] == [line["step"] for line in eight]
     for a, b in zip(one, eight, strict=True):
         for name in {"train/loss", "eval/loss"} & set(a):
-            np.testing.assert_allclose(a[name], b[name], rtol=1e-4, err_msg=f"{name} at step {a['step']}")
-    assert result["acc1"] == pytest.approx(whole[1]["acc1"], abs=0.3)  # one image
+            np.testing.assert_allclose(a[name], b[name], rtol=1e-5, err_msg=f"{name} at step {a['step']}")
+    assert result["acc1"] == pytest.approx(expected["acc1"], abs=0.3)  # one image
 
 
 @pytest.mark.parametrize("stop", [3, 33])  # before the first checkpoint, and between two
