@@ -20,7 +20,9 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Iterator
+from multiprocessing import shared_memory
 from typing import Any
 
 import cv2
@@ -138,7 +140,17 @@ def _start_worker(index: int, count: int) -> None:
 
 def _end_with_parent() -> None:
     multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
+    sys.setswitchinterval(60)  # no other thread goes on between the look at them and the end
+    while _makes_shared_memory():
+        time.sleep(1e-3)
     os._exit(1)
+
+
+def _makes_shared_memory() -> bool:
+    """Whether a thread is where memory may exist that is not yet known to the process that frees it after our end."""
+    making = shared_memory.SharedMemory.__init__.__code__
+    return any(frame.f_code is making for top in sys._current_frames().values()
+               for frame, _ in traceback.walk_stack(top))
 
 
 def _proc(pid: int, file: str) -> str:

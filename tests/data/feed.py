@@ -24,8 +24,17 @@ from tests.data import images
 
 TAG = "FEED_TEST_TAG"
 """Variable of the environment: what is in the names of shared memory and semaphores, to know ours from others."""
+SLOW = "FEED_TEST_SLOW"
+"""And how many seconds shared memory is there before its name is known to the process that frees it."""
 if TAG in os.environ:
     shared_memory._SHM_NAME_PREFIX = f"/{os.environ[TAG]}"
+if SLOW in os.environ:
+    def _slowly(*args: Any, _open: Callable = shared_memory._posixshmem.shm_open, **options: Any) -> int:
+        memory = _open(*args, **options)
+        time.sleep(float(os.environ[SLOW]))
+        return memory
+
+    shared_memory._posixshmem.shm_open = _slowly
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,6 +3,7 @@
 import contextlib
 import multiprocessing
 import os
+import pathlib
 import queue
 import re
 import secrets
@@ -166,17 +167,21 @@ def test_an_error_of_a_worker_ends_the_run():
 class Run:
     """The program in feed.py, in a group of processes of its own."""
 
-    def __init__(self, how: str, error):
+    def __init__(self, how: str, error, variables: dict[str, str]):
         self.tag = "t" + secrets.token_hex(3)
         self.process = subprocess.Popen(
             [sys.executable, "-m", "tests.data.feed", how], start_new_session=True, text=True,
-            stdout=subprocess.PIPE, stderr=error, env=os.environ | {feeds.TAG: self.tag, "XLA_FLAGS": ""})
+            stdout=subprocess.PIPE, stderr=error, env=os.environ | {feeds.TAG: self.tag, "XLA_FLAGS": ""} | variables)
         self.pid = self.process.pid
 
     def workers(self, condition=lambda process: True) -> list[Process]:
         """Both, as soon as they are what they are to be."""
         return until(lambda: (found := feeds.workers(self.pid)) if len(found := feeds.workers(self.pid)) == 2
                      and all(map(condition, found)) else None)
+
+    def memory(self) -> list[pathlib.Path]:
+        """What it shares but semaphores: batches."""
+        return [path for path in shared(self.tag) if path.name.startswith(self.tag)]
 
     def nothing_is_left(self, processes: list[Process]) -> None:
         until(lambda: not any(process.alive for process in processes))
@@ -187,9 +192,9 @@ class Run:
 def run(tmp_path):
     """A function that starts one; it and all that it started are killed in the end."""
     with contextlib.ExitStack() as stack:
-        def start(how: str) -> Run:
+        def start(how: str, **variables: str) -> Run:
             error = stack.enter_context((tmp_path / "stderr").open("w"))
-            run = stack.enter_context(contextlib.closing(_Killed(Run(how, error)))).run
+            run = stack.enter_context(contextlib.closing(_Killed(Run(how, error, variables)))).run
             patience = threading.Timer(60, run.process.kill)  # who waits for its output waits no longer
             patience.start()
             stack.callback(patience.cancel)
@@ -212,14 +217,16 @@ class _Killed:
         self.run.process.stdout.close()
 
 
-@pytest.mark.parametrize("moment", ["started", "named", "working"])
+@pytest.mark.parametrize("moment", ["started", "named", "allocating", "working"])
 def test_kill_9_of_the_trainer_leaves_nothing(run, moment):
     """However far the workers are; at last one of them is stopped, too."""
-    trainer = run("run")
+    trainer = run("run", **({feeds.SLOW: "1"} if moment == "allocating" else {}))
     workers = trainer.workers(lambda process: moment == "started" or process.name.startswith("input-"))
+    if moment == "allocating":
+        until(lambda: trainer.memory())
     if moment == "working":
         assert trainer.process.stdout.readline() == "batch\n"
-        until(lambda: any(path.name.startswith(trainer.tag) for path in shared(trainer.tag)))  # batches
+        until(lambda: trainer.memory())
         os.kill(workers[0].pid, signal.SIGSTOP)
     processes = children(trainer.pid)
     assert len(processes) == 3  # and the one that Python has look after shared memory
