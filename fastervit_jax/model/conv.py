@@ -103,12 +103,12 @@ class BatchNorm(nn.Module):
         y, mean, var = batch_norm(
             x, fill(scale), fill(bias), fill(running_mean.value),
             None if factor is None else factor.reshape(groups, batch // groups), self.epsilon, self.activation,
-            self.dtype, self.kernels)
+            self.kernels)
         mean, var = mean[:, :width], var[:, :width]
         if not self.is_initializing():
             running_mean.value = 0.9 * running_mean.value + 0.1 * mean.mean(0)
             running_var.value = 0.9 * running_var.value + 0.1 * var.mean(0) * (count / (count - 1))
-        return y.reshape(batch, height, wide, filled)
+        return y.reshape(batch, height, wide, filled).astype(self.dtype)
 
 
 class Stem(nn.Module):

@@ -46,19 +46,20 @@ def _wide(x: Float[Array, "g c"]) -> Float[Array, "g 1 1 1 c"]:
     return x[:, None, None, None]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7, 8))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
 def batch_norm(
     x: Float[Array, "g n h w c"], scale: Float[Array, "c"], bias: Float[Array, "c"], pivot: Float[Array, "c"],
-    factor: Float[Array, "g n"] | None, epsilon: float, activation: str, dtype: Any, kernels: str,
+    factor: Float[Array, "g n"] | None, epsilon: float, activation: str, kernels: str,
 ) -> tuple[Float[Array, "g n h w c"], Float[Array, "g c"], Float[Array, "g c"]]:
-    """activation((x - mean) / sqrt(var + epsilon) · scale + bias) in `dtype`, and each group's mean and variance.
+    """activation((x - mean) / sqrt(var + epsilon) · scale + bias) in x's dtype, and each group's mean and variance.
 
     All in between is float32. The variance is the biased one. `pivot` is near the mean: then E[d²] - E[d]², with
     d = x - pivot, does not cancel, and one pass over x does for both. `factor` multiplies the result of each image, for
     drop path. No gradient goes through mean and variance that are returned, nor into `pivot` and `factor`.
-    `kernels`: one of `ops.kernels.KERNELS`; there is one for the gradient of GELU, where XLA makes three passes of two.
+    `kernels`: one of `ops.kernels.KERNELS`. With GELU and no `factor` there are three: for what follows the statistics,
+    and for the two passes of the gradient. XLA's do not reach the memory's bandwidth, and it makes three of these two.
     """
-    return _forward(x, scale, bias, pivot, factor, epsilon, activation, dtype, kernels)[0]
+    return _forward(x, scale, bias, pivot, factor, epsilon, activation, kernels)[0]
 
 
 def _times(x: Float[Array, "g n h w c"], factor: Float[Array, "g n"] | None) -> Float[Array, "g n h w c"]:
@@ -67,7 +68,7 @@ def _times(x: Float[Array, "g n h w c"], factor: Float[Array, "g n"] | None) -> 
     return x if factor is None else x * factor[:, :, None, None, None]
 
 
-def _forward(x, scale, bias, pivot, factor, epsilon, activation, dtype, kernels):
+def _forward(x, scale, bias, pivot, factor, epsilon, activation, kernels):
     d = x.astype(jnp.float32) - pivot[None, None, None, None]
     d_mean = d.mean(OVER)
     mean = pivot[None] + d_mean
@@ -77,11 +78,11 @@ def _forward(x, scale, bias, pivot, factor, epsilon, activation, dtype, kernels)
         y = _normalise(_rows(x), mean, inverse * scale[None], _each(bias, mean)).reshape(x.shape)
     else:
         normal = (x.astype(jnp.float32) - _wide(mean)) * _wide(inverse * scale[None]) + bias[None, None, None, None]
-        y = _times(activate(normal, activation, dtype), factor).astype(dtype)
+        y = _times(activate(normal, activation, x.dtype), factor).astype(x.dtype)
     return (y, mean, var), (x, scale, bias, factor, mean, inverse)
 
 
-def _backward(epsilon, activation, dtype, kernels, residuals, gradients):
+def _backward(epsilon, activation, kernels, residuals, gradients):
     x, scale, bias, factor, mean, inverse = residuals
     d_out = gradients[0]
     lean = gelu.is_16_bit(x.dtype)
@@ -98,7 +99,7 @@ def _backward(epsilon, activation, dtype, kernels, residuals, gradients):
     def through_activation(x, d_out):
         normal = (x.astype(jnp.float32) - _wide(mean)) * _wide(inverse)
         scaled = normal * scale[None, None, None, None] + bias[None, None, None, None]
-        return normal, _times(d_out, factor) * _slope(scaled, activation, dtype)
+        return normal, _times(d_out, factor) * _slope(scaled, activation, x.dtype)
 
     if lean:
         x, d_out = jax.lax.optimization_barrier((x, d_out))
@@ -112,9 +113,6 @@ def _backward(epsilon, activation, dtype, kernels, residuals, gradients):
     normal, d_scaled = through_activation(x, d_out)
     d_x = _wide(inverse * scale[None]) * (d_scaled - _wide(d_bias / count) - normal * _wide(d_scale / count))
     return d_x.astype(x.dtype), d_scale.sum(0), d_bias.sum(0), jnp.zeros_like(mean[0]), none
-
-
-# With GELU, by kernels: XLA's passes do not reach the memory's bandwidth, and it makes three of the gradient's two.
 
 
 def _by_kernel(x: Array, activation: str, factor: Array | None, kernels: str) -> bool:

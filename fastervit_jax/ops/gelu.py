@@ -120,10 +120,14 @@ _by_kernel = over_batch(forward, "b c -> b c")
 _gradient_by_kernel = over_batch(backward, "b c, b c -> b c")
 
 
+def _rows(x: Float[Array, "*b c"]) -> Float[Array, "r c"]:
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def _gelu(x: Float[Array, "*b c"], kernel: bool) -> Float[Array, "*b c"]:
     if kernel:
-        return _by_kernel(x.reshape(-1, x.shape[-1])).reshape(x.shape)
+        return _by_kernel(_rows(x)).reshape(x.shape)
     return value(x.astype(jnp.float32), x.dtype).astype(x.dtype)
 
 
@@ -133,7 +137,7 @@ def _forward(x, kernel):
 
 def _backward(kernel, x, d_out):
     if kernel:
-        return (_gradient_by_kernel(*(y.reshape(-1, y.shape[-1]) for y in (x, d_out))).reshape(x.shape),)
+        return (_gradient_by_kernel(_rows(x), _rows(d_out)).reshape(x.shape),)
     # Behind the barrier, XLA does not find what the forward pass has computed, and so does not keep it in float32.
     x, d_out = jax.lax.optimization_barrier((x, d_out))
     return ((d_out.astype(jnp.float32) * slope(x.astype(jnp.float32), x.dtype)).astype(x.dtype),)

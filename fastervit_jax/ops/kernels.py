@@ -5,6 +5,7 @@ beyond an array is masked.
 """
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,8 +20,8 @@ from jaxtyping import Array
 KERNELS = ("auto", "xla", "pallas")
 """How operations are computed: by platform, dtype and shape; by XLA; by our kernels (interpreted where there is no
 GPU)."""
-
-
+MOST = 2**31 - 1
+"""Elements of an array on one device: in kernels an element's place is a number of 32 bits."""
 ALIGNED = 8
 """GPUs multiply 16-bit matrices whose sides are multiples of this; libraries fill up others first, at a cost."""
 
@@ -69,8 +70,15 @@ def call(
 ) -> Sequence[Array]:
     """Run kernel(*input references, *output references, **static) for each point of the grid.
 
-    References are whole arrays; `outputs` are shapes and dtypes.
+    References are whole arrays; `outputs` are shapes and dtypes. Raises ValueError for an array that is too large
+    even if it lies on all devices: what is partitioned is traced as a whole, too.
     """
+    for shape in [x.shape for x in inputs] + [shape for shape, _ in outputs]:
+        if math.prod(shape) > MOST * jax.device_count():
+            raise ValueError(f"the kernel {name} got an array of shape {shape}; expected at most {MOST} elements a "
+                             "device. Use fewer images at a time, or kernels='xla'")
+    if 0 in grid:
+        return [jnp.zeros(*output) for output in outputs]
     return pl.pallas_call(
         functools.partial(kernel, **static), grid=grid,
         out_shape=[jax.ShapeDtypeStruct(*output) for output in outputs],

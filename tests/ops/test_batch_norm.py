@@ -39,7 +39,7 @@ def results(x, scale, bias, pivot, direction, activation, factor=None, kernels="
     """Of ours and of the plain formula: output, mean, variance, and the gradients of (output · direction).sum()."""
 
     def ours(x, scale, bias):
-        return batch_norm(x, scale, bias, pivot, factor, EPSILON, activation, x.dtype, kernels)
+        return batch_norm(x, scale, bias, pivot, factor, EPSILON, activation, kernels)
 
     found = []
     for function in (ours, functools.partial(plain, activation=activation, factor=factor)):
@@ -89,7 +89,7 @@ def test_kernel_on_eight_devices(key, groups):
     def gradients(x, vectors, kernels):
         def loss(x, scale, bias):
             x = x.reshape(groups, -1, *x.shape[1:])
-            out = batch_norm(x, scale, bias, vectors[2], None, EPSILON, "gelu", x.dtype, kernels)[0]
+            out = batch_norm(x, scale, bias, vectors[2], None, EPSILON, "gelu", kernels)[0]
             return (out * jnp.sin(7 * x)).sum()
         return jax.grad(loss, (0, 1, 2))(x, *vectors[:2])
 
@@ -99,7 +99,7 @@ def test_kernel_on_eight_devices(key, groups):
 
 def test_the_input_is_all_that_is_kept(key):
     x, scale, bias, pivot, _ = inputs(key, "bfloat16")
-    _, gradient = jax.vjp(lambda x: batch_norm(x, scale, bias, pivot, None, EPSILON, "gelu", x.dtype, "auto"), x)
+    _, gradient = jax.vjp(lambda x: batch_norm(x, scale, bias, pivot, None, EPSILON, "gelu", "auto"), x)
     kept = [leaf for leaf in jax.tree.leaves(gradient) if getattr(leaf, "size", 0) == x.size]
     assert len(kept) == 1
     np.testing.assert_array_equal(kept[0], x)

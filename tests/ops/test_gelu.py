@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from fastervit_jax.ops.gelu import gelu, slope, value
+from fastervit_jax.ops.gelu import BLOCK, backward, forward, gelu, slope, value
 from tests.ops.sharded import on_eight_devices
 
 POINTS = jnp.concatenate([jnp.linspace(-12, 12, 100_001), jnp.array([-1e4, 1e4, 0.0])])
@@ -34,8 +34,9 @@ def test_values_and_slopes(dtype, relative, absolute, kernels):
 
 
 @pytest.mark.parametrize("kernels", ["xla", "pallas"])
-def test_numbers_that_are_not_finite(kernels):
-    x = jnp.array([jnp.inf, -jnp.inf, jnp.nan, 3e38, -3e38], jnp.bfloat16)[:, None]
+@pytest.mark.parametrize(("dtype", "large"), [("bfloat16", 3e38), ("float16", 6e4)])
+def test_numbers_that_are_not_finite(dtype, large, kernels):
+    x = jnp.array([jnp.inf, -jnp.inf, jnp.nan, large, -large], dtype)[:, None]
     out, backward = jax.vjp(functools.partial(gelu, kernels=kernels), x)
     gradient, = backward(jnp.ones_like(x))
     np.testing.assert_array_equal(out.astype(jnp.float32)[:, 0], [jnp.inf, 0, jnp.nan, x.astype(jnp.float32)[3, 0], 0])
@@ -52,6 +53,27 @@ def test_kernels_on_eight_devices(key):
     found = on_eight_devices(functools.partial(results, kernels="pallas"), (x, direction), split=(True, True))
     for ours, theirs in zip(found, results(x, direction, "xla"), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("kernels", ["xla", "pallas"])
+@pytest.mark.parametrize("shape", [(0, 5), (2, 0, 5), (3, 0)])
+def test_no_values(shape, kernels):
+    out, backward = jax.vjp(functools.partial(gelu, kernels=kernels), jnp.ones(shape))
+    assert out.shape == backward(out)[0].shape == shape
+
+
+@pytest.mark.parametrize(("size", "masked"), [(2 * BLOCK, False), (2 * BLOCK - 1, True)])
+def test_kernels_do_not_touch_what_is_beyond_the_array(size, masked):
+    # Where kernels are interpreted, nothing is there: what a GPU would read and write is seen in the program only.
+    x = jnp.ones((size, 1))
+    assert str(jax.make_jaxpr(forward)(x)).count("mask=") == (2 if masked else 0)
+    assert str(jax.make_jaxpr(backward)(x, x)).count("mask=") == (3 if masked else 0)
+
+
+def test_more_values_than_a_kernel_can_count():
+    x = jax.ShapeDtypeStruct((2**21 * jax.device_count(), 2**10), jnp.bfloat16)
+    with pytest.raises(ValueError, match="the kernel gelu got an array of shape .*; expected at most 2147483647 elem"):
+        jax.eval_shape(functools.partial(gelu, kernels="pallas"), x)
 
 
 def test_without_erf_as_in_kernels():
