@@ -9,6 +9,7 @@ t tokens of a window (row-major), k carrier tokens of a window (row-major), s = 
 """
 
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -237,23 +238,28 @@ class HATStage(nn.Module):
         return unpartition(z[:, :, leading:], self.window, rows, cols)[:, :height, :width]
 
     def position_terms(self, rows: int, cols: int, leading: int) -> list[PositionTerms]:
-        """Of each block, computed for all blocks at once.
+        """Of each block, computed for all blocks at once, outside of their modules.
 
         "position" (t, c) and "attention" (heads, k + t, k + t) of windows, "carrier_position" and "carrier_attention"
-        of carrier tokens. None of them where blocks lack parameters, which initialising makes, and Flax names else.
+        of carrier tokens. None of them, so that blocks compute their own, where parameters are not as they should be:
+        initialising makes them, and Flax names what is missing or has another shape.
         """
         grids = {"": (self.window, self.window, leading)}
         if leading:
             grids["carrier_"] = (rows * self.ct_size, cols * self.ct_size, 0)
-        stage = self.variables.get("params", {})
-        blocks = [stage.get(f"blocks_{i}", {}) for i in range(len(self.drop_path_rates))]
-        needed = {f"{name}{kind}" for name in grids for kind in ("position", "attention")}
-        if not all(needed <= set(block) for block in blocks):
-            return [{} for _ in blocks]
+        blocks = [f"blocks_{i}" for i in range(len(self.drop_path_rates))]
+
+        def networks(*path: str) -> list[Mapping[str, Any]]:
+            stage = self.variables.get("params", {})
+            return [functools.reduce(lambda params, name: params.get(name, {}), path, stage.get(block, {}))
+                    for block in blocks]
+
         terms = {}
-        for name, (high, wide, leading) in grids.items():
-            networks = [block[f"{name}position"] for block in blocks]
-            terms[f"{name}position"] = of_all_blocks(AbsolutePosition, self.width, networks, high, wide)
-            networks = [block[f"{name}attention"]["position_bias"] for block in blocks]
-            terms[f"{name}attention"] = of_all_blocks(RelativePositionBias, self.heads, networks, high, wide, leading)
+        for name, (high, wide, before) in grids.items():
+            terms[f"{name}position"] = of_all_blocks(
+                AbsolutePosition, self.width, networks(f"{name}position"), high, wide)
+            terms[f"{name}attention"] = of_all_blocks(
+                RelativePositionBias, self.heads, networks(f"{name}attention", "position_bias"), high, wide, before)
+        if any(term is None for term in terms.values()):
+            return [{} for _ in blocks]
         return [{name: term[i] for name, term in terms.items()} for i in range(len(blocks))]

@@ -6,6 +6,7 @@ parameters serve every window size, carrier count and resolution.
 Axes: n tokens of a rows × cols grid in raster order, h heads, c channels.
 """
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict
 from jaxtyping import Array, Float
 
 HIDDEN = 512
@@ -94,12 +96,26 @@ class AbsolutePosition(nn.Module):
         return CoordinateMLP(self.width, name="mlp")(jnp.asarray(absolute_coordinates(rows, cols)))
 
 
+Network = type[AbsolutePosition | RelativePositionBias]
+
+
+@functools.cache
+def _shapes(kind: Network, size: int) -> dict[tuple[str, ...], tuple[int, ...]]:
+    """Of the parameters of a module, by path; the grid does not matter."""
+    params = jax.eval_shape(lambda: kind(size, parent=None).init(jax.random.key(0), 1, 1))["params"]
+    return {path: x.shape for path, x in flatten_dict(params).items()}
+
+
 def of_all_blocks(
-    kind: type[AbsolutePosition | RelativePositionBias], size: int, networks: Sequence[Mapping[str, Any]], *grid: int
-) -> Float[Array, "k ..."]:
+    kind: Network, size: int, networks: Sequence[Mapping[str, Any]], *grid: int
+) -> Float[Array, "k ..."] | None:
     """What modules of a kind and size give for the same grid, where `networks` are the parameters of each of k.
 
-    A GPU needs ten small kernels for a network, forward and backward: here, ten for all of them.
+    A GPU needs ten small kernels for a network, forward and backward: here, ten for all of them. None if parameters are
+    missing or have other shapes: the modules themselves then say which.
     """
+    if any({path: jnp.shape(x) for path, x in flatten_dict(params).items()} != _shapes(kind, size)
+           for params in networks):
+        return None
     stacked = jax.tree.map(lambda *arrays: jnp.stack(arrays), *networks)
     return jax.vmap(lambda params: kind(size, parent=None).apply({"params": params}, *grid))(stacked)

@@ -1,11 +1,13 @@
 """Layers one by one: batch norm, drop path, dropout, initial values."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax.errors import ScopeParamNotFoundError
+from flax.errors import ScopeParamNotFoundError, ScopeParamShapeError
 from flax.traverse_util import flatten_dict
 
 import fastervit_jax as fv
@@ -249,10 +251,30 @@ def test_position_terms_of_all_blocks_at_once(key, monkeypatch, hat):
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
 
 
-def test_a_network_that_is_missing_is_named(key):
-    model = fv.create_model("testing")
-    x = jnp.zeros((1, 32, 32, 3))
+@pytest.mark.parametrize(("block", "path"), [
+    ("stages_2/blocks_1", "position"),
+    ("stages_2/blocks_1", "position/mlp/out"),
+    ("stages_2/blocks_0", "position/mlp/hidden/bias"),
+    ("stages_2/blocks_1", "attention/position_bias"),
+    ("stages_3/blocks_0", "attention/position_bias/mlp/hidden/bias"),
+])
+def test_position_parameters_that_are_missing_are_named(key, block, path):
+    model, x = fv.create_model("testing"), jnp.zeros((1, 32, 32, 3))
     variables = model.init(key, x)
-    del variables["params"]["stages_3"]["blocks_0"]["position"]
-    with pytest.raises(ScopeParamNotFoundError, match="/stages_3/blocks_0/position/mlp/hidden"):
+    *above, name = [*block.split("/"), *path.split("/")]
+    del functools.reduce(dict.get, above, variables["params"])[name]
+    whole = path if "mlp" in path else f"{path}/mlp/hidden"
+    with pytest.raises(ScopeParamNotFoundError, match=rf'in scope "/{block}/{whole.removesuffix("/bias")}"'):
+        model.apply(variables, x)
+
+
+@pytest.mark.parametrize("blocks", [[1], [0, 1]])
+def test_position_parameters_of_another_shape_are_named(key, blocks):
+    model, x = fv.create_model("testing"), jnp.zeros((1, 32, 32, 3))
+    variables = model.init(key, x)
+    for i in blocks:
+        variables["params"]["stages_2"][f"blocks_{i}"]["attention"]["position_bias"]["mlp"]["out"]["kernel"] = (
+            jnp.ones((512, 16)))
+    with pytest.raises(ScopeParamShapeError, match=(
+            rf'"kernel" in "/stages_2/blocks_{blocks[0]}/attention/position_bias/mlp/out".*\(512, 8\).*\(512, 16\)')):
         model.apply(variables, x)

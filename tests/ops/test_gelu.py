@@ -72,7 +72,7 @@ def test_kernels_do_not_touch_what_is_beyond_the_array(size, masked):
 
 def test_more_values_than_a_kernel_can_count():
     x = jax.ShapeDtypeStruct((2**21 * jax.device_count(), 2**10), jnp.bfloat16)
-    with pytest.raises(ValueError, match="the kernel gelu got an array of shape .*; expected at most 2147483647 elem"):
+    with pytest.raises(ValueError, match=r"the kernel gelu got an array of shape .*; expected at most 2147483647 elem"):
         jax.eval_shape(functools.partial(gelu, kernels="pallas"), x)
 
 
