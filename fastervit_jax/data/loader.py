@@ -140,7 +140,8 @@ def _start_worker(index: int, count: int) -> None:
 
 def _end_with_parent() -> None:
     multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
-    sys.setswitchinterval(60)  # no other thread goes on between the look at them and the end
+    sys.setswitchinterval(1)  # seconds: no other thread goes on between the look at them and the end
+    time.sleep(1e-3)  # those that wait for their turn know of it afterwards
     while _makes_shared_memory():
         time.sleep(1e-3)
     os._exit(1)

@@ -59,7 +59,8 @@ class BatchNorm(nn.Module):
     In training the batch's statistics normalise and running = 0.9 running + 0.1 batch, where the
     running variance takes the unbiased estimate (flax.linen.BatchNorm takes the biased one). On a
     sharded batch they are the statistics of the global batch; with `group_size`, those of each so many images that
-    follow each other, and the running ones take the groups' mean. All of it is float32; the result has `dtype`.
+    follow each other, and the running ones take the groups' mean. All of it is float32; the result has
+    x's dtype, and is rounded to `dtype` after that, if that is another.
     `channels`: as Conv3x3's. In training `factor` multiplies the result of each image (drop path).
     """
 

@@ -112,7 +112,7 @@ def of_all_blocks(
     """What modules of a kind and size give for the same grid, where `networks` are the parameters of each of k.
 
     A GPU needs ten small kernels for a network, forward and backward: here, ten for all of them. None if parameters are
-    missing or have other shapes: the modules themselves then say which.
+    missing, have other shapes, or are more: the modules themselves then say which, or compute the same.
     """
     if any({path: jnp.shape(x) for path, x in flatten_dict(params).items()} != _shapes(kind, size)
            for params in networks):

@@ -64,6 +64,14 @@ def padded(n: int) -> int:
     return max(16, pl.next_power_of_2(n))
 
 
+def check_sizes(name: str, shapes: Sequence[tuple[int, ...]], devices: int) -> None:
+    """Raises ValueError for an array of which a device gets more elements than a kernel can count."""
+    for shape in shapes:
+        if math.prod(shape) > MOST * devices:
+            raise ValueError(f"the kernel {name} got an array of shape {shape}; expected at most {MOST} elements a "
+                             "device. Use fewer images at a time, or kernels='xla'")
+
+
 def call(
     kernel: Callable, name: str, inputs: Sequence[Array], outputs: Sequence[tuple], *, grid: tuple, warps: int,
     stages: int = 2, **static: Any
@@ -71,12 +79,10 @@ def call(
     """Run kernel(*input references, *output references, **static) for each point of the grid.
 
     References are whole arrays; `outputs` are shapes and dtypes. Raises ValueError for an array that is too large
-    even if it lies on all devices: what is partitioned is traced as a whole, too.
+    even if it lies on all devices: what is partitioned is traced as a whole before. (A program for one of several
+    devices looks the same, and is not told apart.)
     """
-    for shape in [x.shape for x in inputs] + [shape for shape, _ in outputs]:
-        if math.prod(shape) > MOST * jax.device_count():
-            raise ValueError(f"the kernel {name} got an array of shape {shape}; expected at most {MOST} elements a "
-                             "device. Use fewer images at a time, or kernels='xla'")
+    check_sizes(name, [*(x.shape for x in inputs), *(shape for shape, _ in outputs)], jax.device_count())
     if 0 in grid:
         return [jnp.zeros(*output) for output in outputs]
     return pl.pallas_call(
@@ -135,6 +141,7 @@ def over_batch(function: Callable, axes: str, static: int = 0, split: tuple[str,
     axes are `split`: they lie as those of the first argument do. All else is whole on each device, and what results do
     not have of the axes that are split is added up. `static` arguments that are no arrays follow the arrays.
     """
+    module = function.__module__.rpartition(".")[2]
     arguments, results = ([array.split() for array in side.split(", ")] for side in axes.split(" -> "))
 
     def partition(*args: Any) -> tuple:
@@ -145,6 +152,7 @@ def over_batch(function: Callable, axes: str, static: int = 0, split: tuple[str,
             return tuple(NamedSharding(mesh, PartitionSpec(*map(devices.get, array))) for array in arrays)
 
         def lower(*arrays: Array) -> Any:
+            check_sizes(f"{module}.{function.__name__}", [x.shape for x in arrays], 1)
             found = function(*arrays, *fixed)
             whole = []
             for x, array in zip(found if len(results) > 1 else (found,), results, strict=True):

@@ -6,6 +6,7 @@ the first product's tiles while they are in registers; so is its slope, on the p
 Axes: r rows (tokens of all images), i inputs, h hidden channels, o outputs.
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -61,8 +62,8 @@ def mlp(
         x = gelu.gelu(linear(x, hidden), kernels=kernels)
         return drop(linear(drop(x), out)) if drop else linear(x, out)
     (first, first_bias), (second, second_bias) = ([w.astype(x.dtype) for w in weights] for weights in (hidden, out))
-    y = _mlp(x.reshape(-1, x.shape[-1]), first, first_bias, second).reshape(*x.shape[:-1], -1)
-    return y + second_bias.reshape((1,) * (x.ndim - 1) + (-1,))
+    y = _mlp(x.reshape(math.prod(x.shape[:-1]), x.shape[-1]), first, first_bias, second)
+    return y.reshape(*x.shape[:-1], y.shape[-1]) + second_bias.reshape((1,) * (x.ndim - 1) + (-1,))
 
 
 class _Product:

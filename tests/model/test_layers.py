@@ -50,6 +50,18 @@ def test_batch_norm_in_evaluation():
     np.testing.assert_allclose(norm.apply(variables, x, False).ravel(), [1.0, 3.0])
 
 
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize(("given", "dtype"), [("bfloat16", "float32"), ("float32", "bfloat16")])
+def test_batch_norm_of_another_dtype(key, given, dtype, train):
+    x = jax.random.normal(key, (4, 3, 3, 5)).astype(given)
+    norm, exact = (BatchNorm(1e-5, dtype, activation="gelu") for dtype in (dtype, "float32"))
+    variables = norm.init(key, x, False)
+    y, expected = (each.apply(variables, values, train, mutable=["batch_stats"])[0]
+                   for each, values in ((norm, x), (exact, x.astype("float32"))))
+    assert y.dtype == dtype
+    np.testing.assert_allclose(y.astype("float32"), expected, rtol=2.0**-8, atol=2e-5)
+
+
 def test_batch_norm_needs_two_values(key):
     norm = BatchNorm(1e-5, "float32")
     x = jnp.ones((1, 1, 1, 4))

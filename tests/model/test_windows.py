@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import fastervit_jax as fv
 from fastervit_jax.model import hat, position
 from tests import official
 from tests.golden import cases
@@ -152,3 +153,11 @@ def test_carriers_come_before_their_windows_tokens(key, kernels):
     z, carriers = jax.random.normal(key, (2, 3, 11, 5)), jnp.ones((2, 3, 4, 5))
     expected = np.concatenate([carriers, z[:, :, 4:]], axis=2)
     np.testing.assert_array_equal(hat.with_carriers(z, carriers, kernels), expected)
+
+
+@pytest.mark.parametrize("kernels", ["xla", "pallas"])
+def test_no_images(key, kernels):
+    model = fv.create_model("testing").clone(kernels=kernels)
+    variables = model.init(key, jnp.zeros((1, 64, 64, 3)))
+    for each in ((model, variables), fv.deploy(model, variables)):
+        assert each[0].apply(each[1], jnp.zeros((0, 64, 64, 3))).shape == (0, 10)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from fastervit_jax.ops import kernels
 from fastervit_jax.ops.gelu import BLOCK, backward, forward, gelu, slope, value
 from tests.ops.sharded import on_eight_devices
 
@@ -74,6 +75,15 @@ def test_more_values_than_a_kernel_can_count():
     x = jax.ShapeDtypeStruct((2**21 * jax.device_count(), 2**10), jnp.bfloat16)
     with pytest.raises(ValueError, match=r"the kernel gelu got an array of shape .*; expected at most 2147483647 elem"):
         jax.eval_shape(functools.partial(gelu, kernels="pallas"), x)
+
+
+def test_each_of_eight_devices_has_more_values_than_a_kernel_can_count(monkeypatch):
+    monkeypatch.setattr(kernels, "MOST", 1000)
+    x = jnp.ones((8, 200))
+    on_eight_devices(lambda x: (gelu(x, kernels="pallas"),), (x,), split=(True,))
+    with pytest.raises(jax.errors.JaxRuntimeError, match=(
+            r"kernel gelu\.forward got an array of shape \(8, 200\); expected at most 1000 elements a device")):
+        on_eight_devices(lambda x: (gelu(x, kernels="pallas"),), (x,), split=(False,))
 
 
 def test_without_erf_as_in_kernels():
