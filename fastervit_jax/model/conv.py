@@ -60,7 +60,7 @@ class BatchNorm(nn.Module):
     running variance takes the unbiased estimate (flax.linen.BatchNorm takes the biased one). On a
     sharded batch they are the statistics of the global batch; with `group_size`, those of each so many images that
     follow each other, and the running ones take the groups' mean. All of it is float32; the result has
-    x's dtype, and is rounded to `dtype` after that, if that is another.
+    `dtype`, in training by way of x's.
     `channels`: as Conv3x3's. In training `factor` multiplies the result of each image (drop path).
     """
 

@@ -15,7 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float
 
-from fastervit_jax.ops.kernels import call, chosen, over_batch
+from fastervit_jax.ops.kernels import call, chosen, flat, over_batch
 
 # log2 Φ(-t) as a polynomial of t, fitted in the maximum norm of t Φ(-t) on [0, 5] and on [0, 6]. With the first GELU is
 # within 5e-6, its slope within 2e-5, and what is left of GELU below 0, down to -5, within 0.2 %: 16-bit numbers round
@@ -120,14 +120,10 @@ _by_kernel = over_batch(forward, "b c -> b c")
 _gradient_by_kernel = over_batch(backward, "b c, b c -> b c")
 
 
-def _rows(x: Float[Array, "*b c"]) -> Float[Array, "r c"]:
-    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def _gelu(x: Float[Array, "*b c"], kernel: bool) -> Float[Array, "*b c"]:
     if kernel:
-        return _by_kernel(_rows(x)).reshape(x.shape)
+        return _by_kernel(flat(x)).reshape(x.shape)
     return value(x.astype(jnp.float32), x.dtype).astype(x.dtype)
 
 
@@ -137,7 +133,7 @@ def _forward(x, kernel):
 
 def _backward(kernel, x, d_out):
     if kernel:
-        return (_gradient_by_kernel(_rows(x), _rows(d_out)).reshape(x.shape),)
+        return (_gradient_by_kernel(flat(x), flat(d_out)).reshape(x.shape),)
     # Behind the barrier, XLA does not find what the forward pass has computed, and so does not keep it in float32.
     x, d_out = jax.lax.optimization_barrier((x, d_out))
     return ((d_out.astype(jnp.float32) * slope(x.astype(jnp.float32), x.dtype)).astype(x.dtype),)

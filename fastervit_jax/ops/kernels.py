@@ -15,7 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.experimental.pallas import triton as plgpu
 from jax.sharding import NamedSharding, PartitionSpec
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
 KERNELS = ("auto", "xla", "pallas")
 """How operations are computed: by platform, dtype and shape; by XLA; by our kernels (interpreted where there is no
@@ -62,6 +62,11 @@ def chosen(kernels: str, dtype: Any, unfit: str) -> bool:
 def padded(n: int) -> int:
     """The power of two that holds n, and at least 16, the smallest side of a product."""
     return max(16, pl.next_power_of_2(n))
+
+
+def flat(x: Float[Array, "*b c"]) -> Float[Array, "r c"]:
+    """With one axis in place of all but the last, of empty arrays, too."""
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
 def check_sizes(name: str, shapes: Sequence[tuple[int, ...]], devices: int) -> None:

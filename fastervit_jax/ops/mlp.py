@@ -6,7 +6,6 @@ the first product's tiles while they are in registers; so is its slope, on the p
 Axes: r rows (tokens of all images), i inputs, h hidden channels, o outputs.
 """
 
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -17,7 +16,7 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float
 
 from fastervit_jax.ops import gelu
-from fastervit_jax.ops.kernels import call, chosen, over_batch
+from fastervit_jax.ops.kernels import call, chosen, flat, over_batch
 
 Weights = tuple[Float[Array, "i o"], Float[Array, "o"]]
 """The kernel and bias of a linear layer."""
@@ -62,7 +61,7 @@ def mlp(
         x = gelu.gelu(linear(x, hidden), kernels=kernels)
         return drop(linear(drop(x), out)) if drop else linear(x, out)
     (first, first_bias), (second, second_bias) = ([w.astype(x.dtype) for w in weights] for weights in (hidden, out))
-    y = _mlp(x.reshape(math.prod(x.shape[:-1]), x.shape[-1]), first, first_bias, second)
+    y = _mlp(flat(x), first, first_bias, second)
     return y.reshape(*x.shape[:-1], y.shape[-1]) + second_bias.reshape((1,) * (x.ndim - 1) + (-1,))
 
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
-from fastervit_jax.ops.kernels import Rows, call, chosen, over_batch, padded
+from fastervit_jax.ops.kernels import Rows, call, chosen, flat, over_batch, padded
 
 MOST_CHANNELS = 8192
 """A row must fit into a program's registers."""
@@ -33,7 +33,7 @@ def layer_norm(
     unfit = f"{channels} channels, more than {MOST_CHANNELS}" if channels > MOST_CHANNELS else ""
     scale, bias = scale.astype(jnp.float32), bias.astype(jnp.float32)
     if chosen(kernels, x.dtype, unfit):
-        return _layer_norm(x.reshape(-1, channels), scale, bias, epsilon).reshape(x.shape)
+        return _layer_norm(flat(x), scale, bias, epsilon).reshape(x.shape)
     wide = x.astype(jnp.float32)
     wide = wide - wide.mean(-1, keepdims=True)
     deviation = jax.lax.rsqrt((wide * wide).mean(-1, keepdims=True) + epsilon)
