@@ -6,7 +6,7 @@ Axes: r rows (tokens or pixels of all images), c channels.
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -15,7 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float
 
-from fastervit_jax.ops.kernels import call, chosen, flat, over_batch
+from fastervit_jax.ops.kernels import Rows, call, chosen, flat, over_batch
 
 # log2 Φ(-t) as a polynomial of t, fitted in the maximum norm of t Φ(-t) on [0, 5] and on [0, 6]. With the first GELU is
 # within 5e-6, its slope within 2e-5, and what is left of GELU below 0, down to -5, within 0.2 %: 16-bit numbers round
@@ -28,7 +28,10 @@ LOG2_TAIL_32 = (-0.9999999768561342, -1.1511055702089625, -0.4592094149848348, -
 BEYOND = 16.0
 """There, Φ(-t) is 0 in float32."""
 BLOCK, WARPS = 1024, 4
-"""Values that a kernel's program computes, and with how many warps."""
+"""Values that a program of the forward kernel computes, and with how many warps."""
+SUM_PROGRAMS, SUM_VALUES, SUM_WIDTH, SUM_WARPS = 1056, 2048, 256, 8
+"""At most so many programs of the backward kernel share an array, of which each holds so many values at a time, of so
+many channels, with so many warps."""
 
 
 def is_16_bit(dtype: Any) -> bool:
@@ -81,49 +84,49 @@ def gelu(x: Float[Array, "*b c"], *, kernels: str = "auto") -> Float[Array, "*b 
 
 
 def _forward_kernel(x_ref, out_ref) -> None:
-    load, store = _values(x_ref.shape[0])
-    store(out_ref, value(load(x_ref), out_ref.dtype, in_kernel=True))
-
-
-def _backward_kernel(x_ref, d_out_ref, d_x_ref) -> None:
-    load, store = _values(x_ref.shape[0])
-    store(d_x_ref, load(d_out_ref) * slope(load(x_ref), d_x_ref.dtype, in_kernel=True))
-
-
-def _values(size: int) -> tuple[Callable, Callable]:
-    """To load and store a program's values of arrays of a size, in float32."""
-    first = pl.program_id(0) * BLOCK
+    size, first = x_ref.shape[0], pl.program_id(0) * BLOCK
     place = pl.ds(first, BLOCK)
     masked = {} if size % BLOCK == 0 else {"mask": first + jnp.arange(BLOCK) < size}
-    zero = {"other": 0.0} if masked else {}
-    return (lambda ref: plgpu.load(ref.at[place], **masked, **zero).astype(jnp.float32),
-            lambda ref, x: plgpu.store(ref.at[place], x.astype(ref.dtype), **masked))
-
-
-def _each(kernel: Callable, name: str, *arrays: Array) -> Array:
-    x, flat = arrays[0], [x.reshape(-1) for x in arrays]
-    out, = call(kernel, name, flat, [((x.size,), x.dtype)], grid=(pl.cdiv(x.size, BLOCK),), warps=WARPS)
-    return out.reshape(x.shape)
+    x = plgpu.load(x_ref.at[place], **masked, **({"other": 0.0} if masked else {}))
+    plgpu.store(out_ref.at[place], value(x.astype(jnp.float32), x.dtype, in_kernel=True).astype(x.dtype), **masked)
 
 
 def forward(x: Float[Array, "r c"]) -> Float[Array, "r c"]:
     """The kernel on one device."""
-    return _each(_forward_kernel, "gelu", x)
+    out, = call(_forward_kernel, "gelu", [x.reshape(-1)], [((x.size,), x.dtype)], grid=(pl.cdiv(x.size, BLOCK),),
+                warps=WARPS)
+    return out.reshape(x.shape)
 
 
-def backward(x: Float[Array, "r c"], d_out: Float[Array, "r c"]) -> Float[Array, "r c"]:
-    """The gradient's kernel on one device."""
-    return _each(_backward_kernel, "gelu_backward", x, d_out)
+def _backward_kernel(x_ref, d_out_ref, d_x_ref, sums_ref) -> None:
+    rows = Rows(x_ref.shape, None, SUM_VALUES, SUM_WIDTH, pl.program_id(0))
+
+    def tile(place):
+        d_x = rows.load(d_out_ref, place) * slope(rows.load(x_ref, place), d_x_ref.dtype, in_kernel=True)
+        rows.store(d_x_ref, place, d_x)
+        return (d_x,)
+
+    rows.add_up(tile, sums_ref, pl.program_id(1), sums_ref.shape[0])
 
 
-_by_kernel = over_batch(forward, "b c -> b c")
-_gradient_by_kernel = over_batch(backward, "b c, b c -> b c")
+def backward(x: Float[Array, "r c"], d_out: Float[Array, "r c"]) -> tuple[Float[Array, "r c"], Float[Array, "c"]]:
+    """The gradient's kernel on one device: that of x, and its sum over rows, float32 (a bias's in x)."""
+    rows, blocks = Rows(x.shape, None, SUM_VALUES, SUM_WIDTH), pl.cdiv(x.shape[1], SUM_WIDTH)
+    programs = min(max(1, SUM_PROGRAMS // max(1, blocks)), rows.tiles)
+    d_x, sums = call(
+        _backward_kernel, "gelu_backward", (x, d_out), [(x.shape, x.dtype), ((programs, 1, x.shape[1]), jnp.float32)],
+        grid=(blocks, programs), warps=SUM_WARPS)
+    return d_x, sums.sum((0, 1))
+
+
+by_kernel = over_batch(forward, "b c -> b c")
+gradient_by_kernel = over_batch(backward, "b c, b c -> b c, c")
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def _gelu(x: Float[Array, "*b c"], kernel: bool) -> Float[Array, "*b c"]:
     if kernel:
-        return _by_kernel(flat(x)).reshape(x.shape)
+        return by_kernel(flat(x)).reshape(x.shape)
     return value(x.astype(jnp.float32), x.dtype).astype(x.dtype)
 
 
@@ -133,7 +136,7 @@ def _forward(x, kernel):
 
 def _backward(kernel, x, d_out):
     if kernel:
-        return (_gradient_by_kernel(flat(x), flat(d_out)).reshape(x.shape),)
+        return (gradient_by_kernel(flat(x), flat(d_out))[0].reshape(x.shape),)
     # Behind the barrier, XLA does not find what the forward pass has computed, and so does not keep it in float32.
     x, d_out = jax.lax.optimization_barrier((x, d_out))
     return ((d_out.astype(jnp.float32) * slope(x.astype(jnp.float32), x.dtype)).astype(x.dtype),)

@@ -33,6 +33,11 @@ def on_gpu() -> bool:
     return float(getattr(jax.devices()[0], "compute_capability", None) or 0) >= 8
 
 
+def on_hopper() -> bool:
+    """Whether programs are compiled for NVIDIA GPUs of the Hopper generation."""
+    return on_gpu() and float(jax.devices()[0].compute_capability) == 9.0
+
+
 def compiler_options(platform: str | None = None) -> dict[str, Any]:
     """What to compile the model with, for jax.jit(..., compiler_options=...), on a platform (JAX's default one): {} but
     on GPUs.
@@ -99,23 +104,29 @@ def call(
 
 
 class Rows:
-    """The rows of an array (r, c), or of one part of an array (parts, r, c), a tile at a time; float32 in a program."""
+    """The rows of an array (r, c), or of one part of an array (parts, r, c), a tile at a time; float32 in a program.
+
+    Of rows that are split, a program takes `width` channels: those of a `block`, counted from 0.
+    """
 
     TILE = 4096
     """Values that a program holds at a time if `values` says nothing else, of several rows where they are short."""
 
-    def __init__(self, shape: tuple[int, ...], part: Any = None, values: int = TILE):
+    def __init__(self, shape: tuple[int, ...], part: Any = None, values: int = TILE, width: int | None = None,
+                 block: Any = 0):
         *_, self.count, self.channels = shape
-        self.columns = padded(self.channels)
+        self.columns = padded(min(self.channels, width or self.channels))
         self.rows = max(1, values // self.columns)
         self.tiles = pl.cdiv(self.count, self.rows)
-        self.column = jnp.arange(self.columns) < self.channels
+        first = block * self.columns
+        self.column = first + jnp.arange(self.columns) < self.channels
+        self.across = pl.ds(first, self.columns)
         self.part = () if part is None else (part,)
 
     def place(self, ref: Any, tile: Any) -> tuple:
         first = tile * self.rows
         there = (first + jnp.arange(self.rows) < self.count)[:, None] & self.column[None, :]
-        return ref.at[(*self.part, pl.ds(first, self.rows), pl.ds(0, self.columns))], there
+        return ref.at[(*self.part, pl.ds(first, self.rows), self.across)], there
 
     def load(self, ref: Any, tile: Any) -> Array:
         where, there = self.place(ref, tile)
@@ -126,7 +137,7 @@ class Rows:
         plgpu.store(where, value.astype(ref.dtype), mask=there)
 
     def vector(self, ref: Any) -> Array:
-        place = ref.at[(*self.part, pl.ds(0, self.columns))]
+        place = ref.at[(*self.part, self.across)]
         return plgpu.load(place, mask=self.column, other=0.0)[None, :]
 
     def add_up(self, tile: Callable[[Any], tuple[Array, ...]], ref: Any, program: Any, programs: int) -> None:
@@ -135,7 +146,7 @@ class Rows:
         add = lambda i, sums: tuple(map(jnp.add, sums, tile(program * tiles + i)))  # noqa: E731
         zeros = jnp.zeros((self.rows, self.columns), jnp.float32)
         for i, sums in enumerate(jax.lax.fori_loop(0, tiles, add, (zeros,) * ref.shape[-2])):
-            place = ref.at[(*self.part, program, jnp.int32(i), pl.ds(0, self.columns))]
+            place = ref.at[(*self.part, program, jnp.int32(i), self.across)]
             plgpu.store(place, sums.sum(axis=0), mask=self.column)
 
 

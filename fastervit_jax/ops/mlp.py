@@ -1,11 +1,13 @@
 """MLP: linear, GELU, linear. An XLA form that runs anywhere, and kernels for GPUs where they are the faster.
 
-Left to XLA, GELU is a pass over memory of its own, over the widest arrays of a block. In the kernels it is computed on
-the first product's tiles while they are in registers; so is its slope, on the product that brings the gradient.
+Left to XLA, GELU is a pass over memory of its own, over the widest arrays of a block, and so is the sum that is the
+gradient of the bias before it. In the kernels GELU is computed on the first product's tiles while they are in
+registers, and that sum where GELU's gradient is.
 
 Axes: r rows (tokens of all images), i inputs, h hidden channels, o outputs.
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -15,14 +17,14 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float
 
-from fastervit_jax.ops import gelu
-from fastervit_jax.ops.kernels import call, chosen, flat, over_batch
+from fastervit_jax.ops import gelu, mlp_hopper
+from fastervit_jax.ops.kernels import call, chosen, flat, on_hopper, over_batch
 
 Weights = tuple[Float[Array, "i o"], Float[Array, "o"]]
 """The kernel and bias of a linear layer."""
 MOST_WIDTH = 512
-"""Inputs and outputs up to which "auto" takes the kernels. With more of them the products are most of the time, and
-cuBLAS with a pass of GELU after it is as fast (docs/performance.md)."""
+"""Inputs and outputs up to which "auto" takes one kernel for the first product and GELU. With more of them the products
+are most of the time, and cuBLAS with a pass of GELU after it is as fast (docs/performance.md)."""
 
 
 class Tile(NamedTuple):
@@ -56,125 +58,87 @@ def mlp(
         drop: Applied to what GELU gives and to the result (dropout in training); only XLA's form does that.
         kernels: One of `ops.kernels.KERNELS`. Raises ValueError for "pallas" with `drop`.
     """
-    width = max(x.shape[-1], out[0].shape[-1])
-    if not chosen(kernels, x.dtype, "dropout" if drop else "") or (kernels == "auto" and width > MOST_WIDTH):
+    if not chosen(kernels, x.dtype, "dropout" if drop else ""):
         x = gelu.gelu(linear(x, hidden), kernels=kernels)
         return drop(linear(drop(x), out)) if drop else linear(x, out)
     (first, first_bias), (second, second_bias) = ([w.astype(x.dtype) for w in weights] for weights in (hidden, out))
-    y = _mlp(flat(x), first, first_bias, second)
+    fused = kernels == "pallas" or max(x.shape[-1], second.shape[-1]) <= MOST_WIDTH
+    y = _mlp(flat(x), first, first_bias, second, fused)
     return y.reshape(*x.shape[:-1], y.shape[-1]) + second_bias.reshape((1,) * (x.ndim - 1) + (-1,))
 
 
-class _Product:
-    """A program's tile of left · right, and where it lies."""
-
-    def __init__(self, rows: int, columns: int, tile: Tile):
-        self.tile = tile
-        self.column, self.row = pl.program_id(0) * tile.columns, pl.program_id(1) * tile.rows
-        self.rows = self.row + jnp.arange(tile.rows) < rows
-        self.columns = self.column + jnp.arange(tile.columns) < columns
-        self.there = self.rows[:, None] & self.columns[None, :]
-
-    def place(self, ref):
-        return ref.at[pl.ds(self.row, self.tile.rows), pl.ds(self.column, self.tile.columns)]
-
-    def load(self, ref) -> Array:
-        return plgpu.load(self.place(ref), mask=self.there, other=0.0).astype(jnp.float32)
-
-    def store(self, ref, value) -> None:
-        plgpu.store(self.place(ref), value.astype(ref.dtype), mask=self.there)
-
-    def vector(self, ref) -> Array:
-        place = ref.at[pl.ds(self.column, self.tile.columns)]
-        return plgpu.load(place, mask=self.columns, other=0.0).astype(jnp.float32)[None, :]
-
-    def product(self, left_ref, right_ref, transposed: bool) -> Array:
-        """In float32. `transposed`: right is (columns, depth)."""
-        depth, tile = left_ref.shape[1], self.tile
-        precision = jax.lax.Precision.HIGHEST if left_ref.dtype == jnp.float32 else None
-
-        def add(i, total):
-            along = pl.ds(i * tile.depth, tile.depth)
-            there = i * tile.depth + jnp.arange(tile.depth) < depth
-            left = plgpu.load(left_ref.at[pl.ds(self.row, tile.rows), along],
-                              mask=self.rows[:, None] & there[None, :], other=0.0)
-            columns = pl.ds(self.column, tile.columns)
-            if transposed:
-                place, mask = right_ref.at[columns, along], self.columns[:, None] & there[None, :]
-            else:
-                place, mask = right_ref.at[along, columns], there[:, None] & self.columns[None, :]
-            right = plgpu.load(place, mask=mask, other=0.0)
-            return total + jax.lax.dot_general(
-                left, right, (((1,), (int(transposed),)), ((), ())), precision=precision,
-                preferred_element_type=jnp.float32)
-
-        return jax.lax.fori_loop(
-            0, pl.cdiv(depth, tile.depth), add, jnp.zeros((tile.rows, tile.columns), jnp.float32))
-
-
 def _forward_kernel(x_ref, kernel_ref, bias_ref, out_ref, *, tile: Tile) -> None:
-    product = _Product(*out_ref.shape, tile)
-    hidden = product.product(x_ref, kernel_ref, transposed=False) + product.vector(bias_ref)
-    product.store(out_ref, gelu.value(hidden, out_ref.dtype, in_kernel=True))
+    depth = x_ref.shape[1]
+    columns, rows = (pl.ds(pl.program_id(i) * size, size) for i, size in enumerate((tile.columns, tile.rows)))
+    column_there = columns.start + jnp.arange(tile.columns) < out_ref.shape[1]
+    row_there = rows.start + jnp.arange(tile.rows) < out_ref.shape[0]
+    precision = jax.lax.Precision.HIGHEST if x_ref.dtype == jnp.float32 else None
+
+    def add(i, total):
+        along = pl.ds(i * tile.depth, tile.depth)
+        there = along.start + jnp.arange(tile.depth) < depth
+        x = plgpu.load(x_ref.at[rows, along], mask=row_there[:, None] & there[None, :], other=0.0)
+        kernel = plgpu.load(kernel_ref.at[along, columns], mask=there[:, None] & column_there[None, :], other=0.0)
+        return total + jnp.dot(x, kernel, precision=precision, preferred_element_type=jnp.float32)
+
+    hidden = jax.lax.fori_loop(
+        0, pl.cdiv(depth, tile.depth), add, jnp.zeros((tile.rows, tile.columns), jnp.float32))
+    hidden += plgpu.load(bias_ref.at[columns], mask=column_there, other=0.0).astype(jnp.float32)[None, :]
+    out = gelu.value(hidden, out_ref.dtype, in_kernel=True).astype(out_ref.dtype)
+    plgpu.store(out_ref.at[rows, columns], out, mask=row_there[:, None] & column_there[None, :])
 
 
-def _backward_kernel(d_out_ref, kernel_ref, hidden_ref, d_hidden_ref, d_bias_ref, *, tile: Tile) -> None:
-    product = _Product(*d_hidden_ref.shape, tile)
-    slope = gelu.slope(product.load(hidden_ref), hidden_ref.dtype, in_kernel=True)
-    d_hidden = product.product(d_out_ref, kernel_ref, transposed=True) * slope
-    product.store(d_hidden_ref, d_hidden)
-    place = d_bias_ref.at[pl.program_id(1), pl.ds(product.column, tile.columns)]
-    plgpu.store(place, d_hidden.sum(axis=0), mask=product.columns)
-
-
-def _grid(rows: int, columns: int, tile: Tile) -> tuple[int, int]:
-    """Tiles of the same rows run side by side: they share cache lines."""
-    return pl.cdiv(columns, tile.columns), pl.cdiv(rows, tile.rows)
+def _hopper(x: Array, hidden: int, outputs: int) -> bool:
+    """Whether a kernel for Hopper GPUs does it."""
+    return gelu.is_16_bit(x.dtype) and mlp_hopper.fits(*x.shape, hidden, outputs) and on_hopper()
 
 
 def forward(
     x: Float[Array, "r i"], kernel: Float[Array, "i h"], bias: Float[Array, "h"]
 ) -> Float[Array, "r h"]:
     """The kernel on one device: GELU(x · kernel + bias)."""
-    shape = len(x), kernel.shape[1]
-    tile = LARGE if x.shape[1] > 384 and len(x) > 4096 else SMALL
-    return call(_forward_kernel, "linear_gelu", (x, kernel, bias), [(shape, x.dtype)], grid=_grid(*shape, tile),
+    rows, columns = len(x), kernel.shape[1]
+    if _hopper(x, columns, outputs=1):
+        return mlp_hopper.forward(x, kernel, bias)
+    tile = LARGE if x.shape[1] > 384 and rows > 4096 else SMALL
+    # Tiles of the same rows run side by side: they share cache lines.
+    grid = pl.cdiv(columns, tile.columns), pl.cdiv(rows, tile.rows)
+    return call(_forward_kernel, "linear_gelu", (x, kernel, bias), [((rows, columns), x.dtype)], grid=grid,
                 warps=tile.warps, stages=tile.stages, tile=tile)[0]
 
 
-def backward(
-    d_out: Float[Array, "r o"], kernel: Float[Array, "h o"], hidden: Float[Array, "r h"]
-) -> tuple[Float[Array, "r h"], Float[Array, "h"]]:
-    """The kernel on one device: gradients of `hidden` and of the bias in it, for GELU(hidden) · kernel."""
-    tile, grid = SMALL, _grid(*hidden.shape, SMALL)
-    d_hidden, d_bias = call(
-        _backward_kernel, "linear_gelu_backward", (d_out, kernel, hidden),
-        [(hidden.shape, hidden.dtype), ((grid[1], hidden.shape[1]), jnp.float32)], grid=grid, warps=tile.warps,
-        stages=tile.stages, tile=tile)
-    return d_hidden, d_bias.sum(0)
+def forward_with_hidden(
+    x: Float[Array, "r i"], kernel: Float[Array, "i h"], bias: Float[Array, "h"]
+) -> tuple[Float[Array, "r h"], Float[Array, "r h"]]:
+    """On one device, what GELU gets, which the gradient needs, and what it gives."""
+    if _hopper(x, kernel.shape[1], outputs=2):
+        return mlp_hopper.forward_with_hidden(x, kernel, bias)
+    hidden = linear(x, (kernel, bias))  # if it wrote this, too, the kernel above would be no faster
+    return hidden, gelu.forward(hidden)
 
 
 _forward = over_batch(forward, "b i, i h, h -> b h")
-_backward = over_batch(backward, "b o, h o, b h -> b h, h")
+_forward_with_hidden = over_batch(forward_with_hidden, "b i, i h, h -> b h, b h")
 
 
-@jax.custom_vjp
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _mlp(
-    x: Float[Array, "r i"], first: Float[Array, "i h"], bias: Float[Array, "h"], second: Float[Array, "h o"]
+    x: Float[Array, "r i"], first: Float[Array, "i h"], bias: Float[Array, "h"], second: Float[Array, "h o"],
+    fused: bool,
 ) -> Float[Array, "r o"]:
-    return _forward(x, first, bias) @ second
+    """Without the last bias. `fused`: in inference with one kernel for the first product and GELU."""
+    return (_forward(x, first, bias) if fused else gelu.by_kernel(linear(x, (first, bias)))) @ second
 
 
-def _mlp_forward(x, first, bias, second):
-    hidden = linear(x, (first, bias))  # the gradient needs it: writing it as well, the kernel would be no faster
-    out = gelu.gelu(hidden, kernels="pallas")
-    return out @ second, (x, first, bias, second, out, hidden)
+def _mlp_forward(x, first, bias, second, fused):
+    hidden, out = _forward_with_hidden(x, first, bias)
+    return out @ second, (x, first, second, out, hidden)
 
 
-def _mlp_backward(residuals, d_y):
-    x, first, bias, second, out, hidden = residuals
-    d_hidden, d_bias = _backward(d_y, second, hidden)
-    return d_hidden @ first.T, x.T @ d_hidden, d_bias.astype(bias.dtype), out.T @ d_y
+def _mlp_backward(fused, residuals, d_y):
+    x, first, second, out, hidden = residuals
+    d_hidden, d_bias = gelu.gradient_by_kernel(hidden, d_y @ second.T)
+    return d_hidden @ first.T, x.T @ d_hidden, d_bias.astype(hidden.dtype), out.T @ d_y
 
 
 _mlp.defvjp(_mlp_forward, _mlp_backward)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from fastervit_jax.ops import gelu as module
 from fastervit_jax.ops import kernels
 from fastervit_jax.ops.gelu import BLOCK, backward, forward, gelu, slope, value
 from tests.ops.sharded import on_eight_devices
@@ -68,7 +69,19 @@ def test_kernels_do_not_touch_what_is_beyond_the_array(size, masked):
     # Where kernels are interpreted, nothing is there: what a GPU would read and write is seen in the program only.
     x = jnp.ones((size, 1))
     assert str(jax.make_jaxpr(forward)(x)).count("mask=") == (2 if masked else 0)
-    assert str(jax.make_jaxpr(backward)(x, x)).count("mask=") == (3 if masked else 0)
+    assert str(jax.make_jaxpr(backward)(x, x)).count("mask=") == 4  # two arrays come, two go
+
+
+@pytest.mark.parametrize("shape", [(70, 300), (1000, 72), (40, 513)])
+def test_the_gradient_s_sums(key, monkeypatch, shape):
+    """Of a bias before GELU: more and less channels than a program takes, several tiles a program."""
+    monkeypatch.setattr(module, "SUM_PROGRAMS", 6)
+    x, d_out = (each.astype(jnp.bfloat16) for each in jax.random.normal(key, (2, *shape)))
+    d_x, sums = backward(x, d_out)
+    expected = np.asarray(d_out, np.float64) * exact(x)[1]
+    np.testing.assert_allclose(np.asarray(d_x, np.float64), expected, rtol=2.0**-8, atol=2e-5 * 5)
+    np.testing.assert_allclose(sums, expected.sum(0), rtol=1e-4, atol=2e-3)
+    assert sums.dtype == jnp.float32
 
 
 def test_more_values_than_a_kernel_can_count():

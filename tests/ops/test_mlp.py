@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams  # public from jax 0.11 on
 from scipy.special import erf
 
-from fastervit_jax.ops import kernels
+from fastervit_jax.ops import kernels, mlp_hopper
 from fastervit_jax.ops.mlp import mlp
 from tests.ops.sharded import on_eight_devices
 
@@ -66,6 +67,21 @@ def test_bfloat16(key, kernels):
     found = ours(*arrays, kernels=kernels)
     assert {x.dtype for x in found} == {jnp.dtype("bfloat16")}
     check(found, exact(*arrays), 1e-2)
+
+
+@pytest.mark.parametrize("room", [mlp_hopper.Room(2, 1, 32), mlp_hopper.Room(3, 2, 64)], ids=str)
+def test_kernels_for_hopper(key, room):
+    """Three tiles for two warpgroups, three parts of 64 inputs each; elsewhere than on such GPUs, interpreted."""
+    there = kernels.on_hopper()
+    options = {"room": room, "processors": 1, "interpret": False if there else InterpretGPUParams(detect_races=True)}
+    arrays = inputs(key, (264 if there else 384, 192, 128, 8), "bfloat16")[:3]
+    x, first, bias = (np.asarray(a, np.float64) for a in arrays)
+    hidden = x @ first + bias
+    expected = 0.5 * hidden * (1 + erf(hidden / math.sqrt(2)))
+    found = mlp_hopper.forward(*arrays, **options), *mlp_hopper.forward_with_hidden(*arrays, **options)
+    for ours, theirs in zip(found, (expected, hidden, expected), strict=True):
+        assert ours.dtype == jnp.bfloat16
+        assert np.linalg.norm(np.asarray(ours, np.float64) - theirs) <= 4e-3 * np.linalg.norm(theirs)
 
 
 def test_large_tiles(key):
