@@ -45,7 +45,7 @@ class Room(NamedTuple):
         return 2 * MULTIPLIERS * ROWS * (self.slots * DEPTH + outputs * self.stages * self.piece)
 
 
-ROOMS = Room(4, 1, 64), Room(3, 2, 64), Room(3, 2, 32), Room(3, 1, 64), Room(2, 1, 64), Room(2, 1, 32)
+ROOMS = Room(3, 2, 64), Room(4, 1, 32), Room(3, 1, 64), Room(3, 1, 32)
 """The first that there is room for is taken."""
 
 
@@ -54,8 +54,8 @@ def _room(inputs: int, outputs: int) -> Room | None:
 
 
 def fits(rows: int, inputs: int, hidden: int, outputs: int) -> bool:
-    """Whether the kernel does products of (rows, inputs) and (inputs, hidden) well, and writes so many results."""
-    whole = rows % 8 == 0 and inputs % DEPTH == 0 and hidden % COLUMNS == 0
+    """Whether the kernel takes products of (rows, inputs) and (inputs, hidden), and writes so many results."""
+    whole = rows % ROWS == 0 and inputs % DEPTH == 0 and hidden % COLUMNS == 0
     return rows > 0 and whole and inputs <= MOST_WIDTH and _room(inputs, outputs) is not None
 
 

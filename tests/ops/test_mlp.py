@@ -11,6 +11,7 @@ from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams  # pu
 from scipy.special import erf
 
 from fastervit_jax.ops import kernels, mlp_hopper
+from fastervit_jax.ops import mlp as module
 from fastervit_jax.ops.mlp import mlp
 from tests.ops.sharded import on_eight_devices
 
@@ -74,7 +75,7 @@ def test_kernels_for_hopper(key, room):
     """Three tiles for two warpgroups, three parts of 64 inputs each; elsewhere than on such GPUs, interpreted."""
     there = kernels.on_hopper()
     options = {"room": room, "processors": 1, "interpret": False if there else InterpretGPUParams(detect_races=True)}
-    arrays = inputs(key, (264 if there else 384, 192, 128, 8), "bfloat16")[:3]
+    arrays = inputs(key, (384, 192, 128, 8), "bfloat16")[:3]
     x, first, bias = (np.asarray(a, np.float64) for a in arrays)
     hidden = x @ first + bias
     expected = 0.5 * hidden * (1 + erf(hidden / math.sqrt(2)))
@@ -115,3 +116,19 @@ def test_kernels_where_they_are_the_faster(monkeypatch, width, out, fused):
     x, first, bias, second, out_bias = (jnp.zeros(shape, jnp.bfloat16) for shape in shapes)
     program = jax.make_jaxpr(lambda x: mlp(x, (first, bias), (second, out_bias)))(x)
     assert ("linear_gelu" in str(program)) == fused
+
+
+@pytest.mark.parametrize(("rows", "width", "dtype", "there"), [
+    (256, 64, "bfloat16", True), (128, 384, "float16", True), (256, 64, "float32", False),
+    (128, 448, "bfloat16", False), (136, 64, "bfloat16", False), (0, 64, "bfloat16", False)])
+def test_what_hopper_s_kernels_take(monkeypatch, rows, width, dtype, there):
+    monkeypatch.setattr(kernels, "on_gpu", lambda: True)
+    monkeypatch.setattr(module, "on_hopper", lambda: True)
+    x, hidden = jnp.zeros((rows, width), dtype), (jnp.zeros((width, 128)), jnp.zeros(128))
+
+    def function(x):
+        return mlp(x, hidden, (jnp.zeros((128, width)), jnp.zeros(width)), kernels="pallas")
+
+    inference, training = jax.make_jaxpr(function)(x), jax.make_jaxpr(lambda x: jax.vjp(function, x)[0])(x)
+    assert ("linear_and_gelu" in str(training)) == there
+    assert ("warpgroup" in str(inference)) == there
