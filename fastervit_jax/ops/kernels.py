@@ -1,7 +1,7 @@
 """What the kernels share: when they are chosen, how they run, and how they run on several devices.
 
-They are written with Pallas for its Triton backend. Tiles are padded to powers of two, which Triton needs; what is
-beyond an array is masked.
+They are written with Pallas for its Triton backend, but for `mlp_hopper`'s. Tiles are padded to powers of two, which
+Triton needs; what is beyond an array is masked.
 """
 
 import functools

@@ -23,8 +23,8 @@ from fastervit_jax.ops.kernels import call, chosen, flat, on_hopper, over_batch
 Weights = tuple[Float[Array, "i o"], Float[Array, "o"]]
 """The kernel and bias of a linear layer."""
 MOST_WIDTH = 512
-"""Inputs and outputs up to which "auto" takes one kernel for the first product and GELU. With more of them the products
-are most of the time, and cuBLAS with a pass of GELU after it is as fast (docs/performance.md)."""
+"""Inputs and outputs up to which "auto" takes, in inference, one kernel for the first product and GELU. With more of
+them the products are most of the time, and cuBLAS with a pass of GELU after it is as fast (docs/performance.md)."""
 
 
 class Tile(NamedTuple):

@@ -56,12 +56,7 @@ def _room(inputs: int, outputs: int) -> Room | None:
 def fits(rows: int, inputs: int, hidden: int, outputs: int) -> bool:
     """Whether the kernel takes products of (rows, inputs) and (inputs, hidden), and writes so many results."""
     whole = rows % ROWS == 0 and inputs % DEPTH == 0 and hidden % COLUMNS == 0
-    return rows > 0 and whole and inputs <= MOST_WIDTH and _room(inputs, outputs) is not None
-
-
-def _processors() -> int:
-    device = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
-    return getattr(device, "num_cores", None) or getattr(device, "core_count", None) or 132
+    return whole and min(rows, inputs, hidden) > 0 and inputs <= MOST_WIDTH and _room(inputs, outputs) is not None
 
 
 def forward(
@@ -87,8 +82,9 @@ def _call(
     check_sizes(name, [x.shape, (rows, hidden)], jax.device_count())
     room = room or _room(inputs, outputs)
     columns = hidden // COLUMNS
-    tiles = pl.cdiv(rows, ROWS)
-    groups = max(1, min((processors or _processors()) // columns, pl.cdiv(tiles, MULTIPLIERS)))
+    tiles = rows // ROWS
+    processors = processors or getattr(jax.devices()[0], "core_count", 132)
+    groups = max(1, min(processors // columns, pl.cdiv(tiles, MULTIPLIERS)))
 
     def shared(*shape: int) -> Any:
         swizzled = mgpu.TilingTransform((8, min(64, shape[-1]))), mgpu.SwizzleTransform(min(128, 2 * shape[-1]))
@@ -158,7 +154,7 @@ def _kernel(
                 pl.when(number >= room.slots)(lambda: mgpu.barrier_wait(x_used.at[place]))
                 mgpu.copy_gmem_to_smem(x_ref.at[rows(tile), along(part)], x.at[place], x_there.at[place])
 
-        # A barrier has to be waited for as often as it is reached.
+        # Interpretation asks that a barrier is waited for as often as it is reached.
         for multiplier in range(MULTIPLIERS):
             for i in range(room.slots):
                 wait = functools.partial(mgpu.barrier_wait, x_used.at[multiplier * room.slots + i])
