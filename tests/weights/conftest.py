@@ -1,11 +1,8 @@
 """What the tests of files share."""
 
 import importlib
-import json
 import math
-import os
 import struct
-import subprocess
 import sys
 import types
 
@@ -16,7 +13,7 @@ import pytest
 
 import fastervit_jax as fv
 from fastervit_jax.weights import pretrained
-from tests.official import GOLDEN, official_weights
+from tests.official import official_weights
 from tests.weights.torch_bytes import (
     FOUR,
     ORDERED_DICT,
@@ -33,23 +30,6 @@ from tests.weights.torch_bytes import (
     text,
     torch_records,
 )
-
-
-@pytest.fixture(scope="module")
-def oracle():
-    """Runs make.py with the official package, whose Python FASTERVIT_ORACLE names: one process for all tests."""
-    python = os.environ.get("FASTERVIT_ORACLE")
-    if not python:
-        pytest.fail("set FASTERVIT_ORACLE to a Python that has the official package; tests/golden/make.py says how")
-    with subprocess.Popen([python, GOLDEN / "make.py", "--serve"], text=True, bufsize=1,
-                          stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
-
-        def run(*arguments):
-            print(json.dumps([str(argument) for argument in arguments]), file=process.stdin)
-            assert "done\n" in process.stdout, "make.py has ended"  # read up to there
-
-        yield run
-        process.stdin.close()
 
 
 @pytest.fixture
