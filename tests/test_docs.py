@@ -27,7 +27,7 @@ NOT_RUN = {
     ".venv/bin/pip install": "downloads; CI installs what the tests need",
     "-m fastervit_jax.data.prepare": "needs ImageNet's archives; tests/data/test_prepare.py makes small ones",
     "-m fastervit_jax.plan": "compiles for minutes, or needs libtpu; tests/test_plan.py plans a small model",
-    "-oracle/bin/": "needs the official package; tests/weights/test_official.py compares with it",
+    "-oracle/bin/": "needs the official package; tests/weights/test_official_files.py compares with it",
     "-m tests.onnx_speed": "a measurement, of the full model",
     "speed --jobs 8": "measurements on a GPU; tests/test_benchmark_speed.py runs them small",
     "random.safetensors": "what that measures",

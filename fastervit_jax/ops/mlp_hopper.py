@@ -63,22 +63,25 @@ def forward(
     x: Float[Array, "r i"], kernel: Float[Array, "i h"], bias: Float[Array, "h"], **options: Any
 ) -> Float[Array, "r h"]:
     """GELU(x · kernel + bias)."""
-    return _call("linear_gelu", False, x, kernel, bias, **options)[0]
+    return _call("linear_gelu", 1, x, kernel, bias, **options)[0]
 
 
 def forward_with_hidden(
     x: Float[Array, "r i"], kernel: Float[Array, "i h"], bias: Float[Array, "h"], **options: Any
 ) -> tuple[Float[Array, "r h"], Float[Array, "r h"]]:
     """What GELU gets, x · kernel + bias, and what it gives."""
-    return tuple(_call("linear_and_gelu", True, x, kernel, bias, **options))
+    return tuple(_call("linear_and_gelu", 2, x, kernel, bias, **options))
 
 
 def _call(
-    name: str, with_hidden: bool, x: Array, kernel: Array, bias: Array, *, room: Room | None = None,
+    name: str, outputs: int, x: Array, kernel: Array, bias: Array, *, room: Room | None = None,
     processors: int | None = None, interpret: Any = False,
 ) -> list[Array]:
-    """`room`, `processors`: as the device has them, if not given. `interpret`: jax's parameters of interpretation."""
-    (rows, inputs), hidden, outputs = x.shape, kernel.shape[1], 1 + with_hidden
+    """What GELU gives; of two outputs, what it gets before that.
+
+    `room`, `processors`: as the device has them, if not given. `interpret`: jax's parameters of interpretation.
+    """
+    (rows, inputs), hidden = x.shape, kernel.shape[1]
     check_sizes(name, [x.shape, (rows, hidden)], jax.device_count())
     room = room or _room(inputs, outputs)
     columns = hidden // COLUMNS
@@ -99,8 +102,7 @@ def _call(
         "x_used": mgpu.Barrier(num_barriers=MULTIPLIERS * room.slots),
         "weights_there": mgpu.Barrier(num_arrivals=inputs // DEPTH + 1),
     }
-    body = functools.partial(
-        _kernel, with_hidden=with_hidden, room=room, columns=columns, tiles=tiles, groups=groups)
+    body = functools.partial(_kernel, room=room, columns=columns, tiles=tiles, groups=groups)
     return mgpu.kernel(
         body, out_type=[jax.ShapeDtypeStruct((rows, hidden), x.dtype)] * outputs, scratch_types=scratch,
         grid=(groups * columns,), grid_names=("program",), num_threads=MULTIPLIERS + 1, thread_name="warpgroup",
@@ -110,8 +112,8 @@ def _call(
 
 
 def _kernel(
-    x_ref, kernel_ref, bias_ref, *out_refs, with_hidden, room, columns, tiles, groups, x, kernel, bias, out, x_there,
-    x_used, weights_there,
+    x_ref, kernel_ref, bias_ref, *out_refs, room, columns, tiles, groups, x, kernel, bias, out, x_there, x_used,
+    weights_there,
 ) -> None:
     """The program of a column of 128 channels and every so many tiles of 128 rows.
 
@@ -190,8 +192,8 @@ def _kernel(
                 hidden = y[:, part] + lax.broadcast_in_dim(
                     bias[part].astype(jnp.float32), (ROWS, room.piece), (1,))
                 mgpu.wait_smem_to_gmem(room.stages - 1, wait_read_only=True)
-                results = [gelu.value(hidden, out.dtype, in_kernel=True)]
-                for value, place in zip([hidden] * with_hidden + results, stages, strict=True):
+                results = [hidden, gelu.value(hidden, out.dtype, in_kernel=True)]
+                for value, place in zip(results[-outputs:], stages, strict=True):
                     out[place] = value.astype(out.dtype)
                 mgpu.commit_smem()
                 for i, place in enumerate(stages):
