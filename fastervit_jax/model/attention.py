@@ -3,9 +3,11 @@
 Axes: b groups of tokens that attend to each other, t tokens, c channels, h heads, d width of a head.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -34,12 +36,25 @@ class LayerNorm(nn.Module):
         return layer_norm(x.astype(self.dtype), scale, bias, self.epsilon, kernels=self.kernels)
 
 
-def drop_path(rate: float, axes: int, train: bool, x: Array) -> Array:
-    """Zero the whole residual branch, and scale what is kept by 1 / (1 - rate), in training.
+def drop_paths(
+    key: Array | None, rates: Sequence[float], shape: tuple[int, ...]
+) -> list[Float[Array, "..."] | None]:
+    """What drop path multiplies the residual branches of a stage's blocks by: for each rate, an array of `shape`.
 
-    The first `axes` axes of `x` are dropped independently: 1 for images, 2 for (image, window).
+    Its values are, each for itself, 0 with that rate, and 1 / (1 - rate) else; None where the rate is 0, or `key` None.
+    They are drawn at once: for GPUs, a draw of its own for each branch is five kernels, which take longer than it does.
     """
-    return nn.Dropout(rate, broadcast_dims=tuple(range(axes, x.ndim)), deterministic=not train)(x)
+    if key is None or not any(rates):
+        return [None] * len(rates)
+    drawn = jax.random.uniform(key, (len(rates), *shape))
+    return [jnp.where(x < rate, 0.0, 1 / (1 - rate)) if rate else None for x, rate in zip(drawn, rates, strict=True)]
+
+
+def drop_path(x: Array, kept: Array | None) -> Array:
+    """x, where None is given, or times `kept`, which has x's first axes: those of images, or of images and windows."""
+    if kept is None:
+        return x
+    return (x.astype(jnp.float32) * kept.reshape(kept.shape + (1,) * (x.ndim - kept.ndim))).astype(x.dtype)
 
 
 def layer_scale(module: nn.Module, name: str, initial: float | None, width: int) -> Float[Array, "c"] | None:

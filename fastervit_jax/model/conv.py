@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from fastervit_jax.model.attention import LayerNorm, drop_path, layer_scale, scaled
+from fastervit_jax.model.attention import LayerNorm, drop_paths, layer_scale, scaled
 from fastervit_jax.ops.batch_norm import activate, batch_norm
 from fastervit_jax.ops.conv import conv3x3
 from fastervit_jax.ops.kernels import ALIGNED, chosen
@@ -130,23 +130,24 @@ class Stem(nn.Module):
 
 
 class ConvBlock(nn.Module):
-    """x + drop_path(gamma · BN(conv(GELU(BN(conv(x)))))), of `width` channels; more of x are zeros and stay so."""
+    """x + gamma · BN(conv(GELU(BN(conv(x))))), of `width` channels; more of x are zeros and stay so.
+
+    `kept`: drop path's factor of each image, by which what is added to x is multiplied.
+    """
 
     width: int
     layer_scale: float | None
-    drop_path_rate: float
     dtype: Any
     bn_group_size: int = 0
     kernels: str = "auto"
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b h w c"], train: bool) -> Float[Array, "b h w c"]:
+    def __call__(
+        self, x: Float[Array, "b h w c"], train: bool, kept: Float[Array, "b"] | None = None
+    ) -> Float[Array, "b h w c"]:
         y = Conv3x3(self.width, self.dtype, channels=self.width, name="conv1")(x, train)
         y = BatchNorm(1e-5, self.dtype, self.bn_group_size, "gelu", self.width, self.kernels, name="norm1")(y, train)
         y = Conv3x3(self.width, self.dtype, channels=self.width, name="conv2")(y, train)
-        kept = None  # of each image: drop path's factor
-        if train and self.drop_path_rate:
-            kept = drop_path(self.drop_path_rate, 1, train, jnp.ones((len(x), 1)))[:, 0]
         y = BatchNorm(1e-5, self.dtype, self.bn_group_size, "none", self.width, self.kernels, name="norm2")(
             y, train, kept)
         gamma = layer_scale(self, "gamma", self.layer_scale, self.width)
@@ -173,9 +174,10 @@ class ConvStage(nn.Module):
         more = -self.width % ALIGNED if chosen(self.kernels, self.dtype, "") else 0
         x = jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, more)))
         block = nn.remat(ConvBlock, static_argnums=(2,)) if self.remat else ConvBlock
-        for i, rate in enumerate(self.drop_path_rates):
-            x = block(self.width, self.layer_scale, rate, self.dtype, self.bn_group_size, self.kernels,
-                      name=f"blocks_{i}")(x, train)
+        key = self.make_rng("dropout") if train and any(self.drop_path_rates) else None
+        for i, kept in enumerate(drop_paths(key, self.drop_path_rates, x.shape[:1])):
+            x = block(self.width, self.layer_scale, self.dtype, self.bn_group_size, self.kernels,
+                      name=f"blocks_{i}")(x, train, kept)
         return x[..., : self.width]
 
 

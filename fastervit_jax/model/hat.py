@@ -19,7 +19,7 @@ import numpy as np
 from einops import rearrange
 from jaxtyping import Array, Float
 
-from fastervit_jax.model.attention import MLP, Attention, LayerNorm, drop_path, layer_scale, scaled
+from fastervit_jax.model.attention import MLP, Attention, LayerNorm, drop_path, drop_paths, layer_scale, scaled
 from fastervit_jax.model.conv import Conv3x3
 from fastervit_jax.model.position import AbsolutePosition, RelativePositionBias, of_all_blocks
 from fastervit_jax.ops.gelu import is_16_bit
@@ -110,8 +110,9 @@ class HATBlock(nn.Module):
 
     `propagate`: after the block, add each window's carrier tokens to its tokens, upsampled.
     Drop path drops a branch for each image (carrier tokens) or each window of each image
-    (windows), as the official code does. `terms` has what the block's position networks give, where that has been
-    computed already: by name, as `HATStage.position_terms` says.
+    (windows), as the official code does: `kept` has the factors of the attention branch and of the MLP's, of each
+    image the carrier tokens' first, if there are any, and then the windows'. `terms` has what the block's position
+    networks give, where that has been computed already: by name, as `HATStage.position_terms` says.
     """
 
     width: int
@@ -122,7 +123,6 @@ class HATBlock(nn.Module):
     qkv_bias: bool
     layer_scale: float | None
     propagate: bool
-    drop_path_rate: float
     drop_rate: float
     attn_drop_rate: float
     dtype: Any
@@ -148,24 +148,26 @@ class HATBlock(nn.Module):
     @nn.compact
     def __call__(
         self, z: Float[Array, "b n s c"], leading: int, rows: int, cols: int, train: bool,
-        terms: PositionTerms | None = None,
+        terms: PositionTerms | None = None, kept: Float[Array, "2 b _"] | None = None,
     ) -> Float[Array, "b n s c"]:
         terms = terms or {}
+        kept_attention, kept_mlp = (None, None) if kept is None else kept[..., bool(leading) :]
         carriers = z[:, :, :leading]
         position = self.position("position", terms, self.window, self.window).astype(self.dtype)
         z = z + jnp.pad(position, ((leading, 0), (0, 0)))[None, None]
         if leading:
             gamma1 = self.gamma("gamma1")
-            carriers = self.attend_over_image(carriers, rows, cols, gamma1, train, terms)
+            carriers = self.attend_over_image(
+                carriers, rows, cols, gamma1, train, terms, (None, None) if kept is None else kept[..., 0])
             z = with_carriers(z, carriers, self.kernels)
 
         y = rearrange(self.norm("norm1")(z), "b n t c -> (b n) t c")
         y = self.attention("attention")(
             y, self.window, self.window, leading, train, self.gamma("gamma3"), terms.get("attention"))
         y = y.reshape(z.shape)
-        z = z + drop_path(self.drop_path_rate, 2, train, y)
+        z = z + drop_path(y, kept_attention)
         y = self.mlp("mlp")(self.norm("norm2")(z), train, self.gamma("gamma4"))
-        z = z + drop_path(self.drop_path_rate, 2, train, y)
+        z = z + drop_path(y, kept_mlp)
         if leading and self.propagate:
             carriers, x = z[:, :, :leading], z[:, :, leading:]
             x = x + scaled(upsample_nearest(carriers, self.ct_size, self.window), gamma1)
@@ -174,18 +176,19 @@ class HATBlock(nn.Module):
 
     def attend_over_image(
         self, carriers: Float[Array, "b n k c"], rows: int, cols: int, gamma1: Array | None, train: bool,
-        terms: PositionTerms,
+        terms: PositionTerms, kept: Any,
     ) -> Float[Array, "b n k c"]:
         """Full attention and MLP among all carrier tokens of an image, in raster order."""
+        kept_attention, kept_mlp = kept
         high, wide = rows * self.ct_size, cols * self.ct_size
         c = unpartition(carriers, self.ct_size, rows, cols).reshape(-1, high * wide, self.width)
         position = self.position("carrier_position", terms, high, wide)
         c = c + position.astype(self.dtype)[None]
         y = self.attention("carrier_attention")(
             self.norm("carrier_norm1")(c), high, wide, 0, train, gamma1, terms.get("carrier_attention"))
-        c = c + drop_path(self.drop_path_rate, 1, train, y)
+        c = c + drop_path(y, kept_attention)
         y = self.mlp("carrier_mlp")(self.norm("carrier_norm2")(c), train, self.gamma("gamma2"))
-        c = c + drop_path(self.drop_path_rate, 1, train, y)
+        c = c + drop_path(y, kept_mlp)
         return partition(c.reshape(-1, high, wide, self.width), self.ct_size)
 
 
@@ -227,14 +230,16 @@ class HATStage(nn.Module):
             z, leading = jnp.concatenate([init(x), z], axis=2), self.ct_size**2
         terms = self.position_terms(rows, cols, leading)
         block = nn.remat(HATBlock, static_argnums=(2, 3, 4, 5)) if self.remat else HATBlock
-        for i, rate in enumerate(self.drop_path_rates):
+        key = self.make_rng("dropout") if train and any(self.drop_path_rates) else None
+        branches = 2, len(x), rows * cols + bool(leading)
+        for i, kept in enumerate(drop_paths(key, self.drop_path_rates, branches)):
             last = i == len(self.drop_path_rates) - 1
             z = block(
                 width=self.width, heads=self.heads, window=self.window, ct_size=self.ct_size,
                 mlp_ratio=self.mlp_ratio, qkv_bias=self.qkv_bias, layer_scale=self.layer_scale,
-                propagate=self.do_propagation and last, drop_path_rate=rate, drop_rate=self.drop_rate,
-                attn_drop_rate=self.attn_drop_rate, dtype=self.dtype, kernels=self.kernels, name=f"blocks_{i}",
-            )(z, leading, rows, cols, train, terms[i])
+                propagate=self.do_propagation and last, drop_rate=self.drop_rate, attn_drop_rate=self.attn_drop_rate,
+                dtype=self.dtype, kernels=self.kernels, name=f"blocks_{i}",
+            )(z, leading, rows, cols, train, terms[i], kept)
         return unpartition(z[:, :, leading:], self.window, rows, cols)[:, :height, :width]
 
     def position_terms(self, rows: int, cols: int, leading: int) -> list[PositionTerms]:

@@ -136,8 +136,9 @@ class Rows:
         where, there = self.place(ref, tile)
         plgpu.store(where, value.astype(ref.dtype), mask=there)
 
-    def vector(self, ref: Any) -> Array:
-        place = ref.at[(*self.part, self.across)]
+    def vector(self, ref: Any, *row: int) -> Array:
+        """Of an array (c,) or (parts, c), or with one more axis before c, of which `row` says what to take."""
+        place = ref.at[(*self.part, *map(jnp.int32, row), self.across)]
         return plgpu.load(place, mask=self.column, other=0.0)[None, :]
 
     def add_up(self, tile: Callable[[Any], tuple[Array, ...]], ref: Any, program: Any, programs: int) -> None:

@@ -16,6 +16,8 @@ from fastervit_jax.ops.kernels import Rows, call, chosen, flat, over_batch, padd
 
 MOST_CHANNELS = 8192
 """A row must fit into a program's registers."""
+SCALE, BIAS = 0, 1
+"""Rows of the one array that kernels get them as: each array of its own would be one more copied out of others."""
 PROGRAMS = 1024
 """At most so many share the rows: each adds up the gradients of scale and bias over its own."""
 
@@ -33,7 +35,7 @@ def layer_norm(
     unfit = f"{channels} channels, more than {MOST_CHANNELS}" if channels > MOST_CHANNELS else ""
     scale, bias = scale.astype(jnp.float32), bias.astype(jnp.float32)
     if chosen(kernels, x.dtype, unfit):
-        return _layer_norm(flat(x), scale, bias, epsilon).reshape(x.shape)
+        return _layer_norm(flat(x), jnp.stack([scale, bias]), epsilon).reshape(x.shape)
     wide = x.astype(jnp.float32)
     wide = wide - wide.mean(-1, keepdims=True)
     deviation = jax.lax.rsqrt((wide * wide).mean(-1, keepdims=True) + epsilon)
@@ -54,15 +56,16 @@ class _Rows(Rows):
         return x * deviation, deviation
 
 
-def _forward_kernel(x_ref, scale_ref, bias_ref, out_ref, *, epsilon: float) -> None:
+def _forward_kernel(x_ref, vectors_ref, out_ref, *, epsilon: float) -> None:
     rows, tile = _Rows(x_ref.shape), pl.program_id(0)
+    scale, bias = (rows.vector(vectors_ref, row) for row in (SCALE, BIAS))
     x, _ = rows.normalised(rows.load(x_ref, tile), epsilon)
-    rows.store(out_ref, tile, x * rows.vector(scale_ref) + rows.vector(bias_ref))
+    rows.store(out_ref, tile, x * scale + bias)
 
 
-def _backward_kernel(x_ref, scale_ref, d_out_ref, d_x_ref, sums_ref, *, epsilon: float) -> None:
+def _backward_kernel(x_ref, vectors_ref, d_out_ref, d_x_ref, sums_ref, *, epsilon: float) -> None:
     rows = _Rows(x_ref.shape)
-    scale = rows.vector(scale_ref)
+    scale = rows.vector(vectors_ref, SCALE)
 
     def tile(place):
         x, deviation = rows.normalised(rows.load(x_ref, place), epsilon)
@@ -79,42 +82,33 @@ def _warps(channels: int) -> int:
     return max(4, min(16, padded(channels) // 512))
 
 
-def forward(
-    x: Float[Array, "r c"], scale: Float[Array, "c"], bias: Float[Array, "c"], epsilon: float
-) -> Float[Array, "r c"]:
-    """The kernel on one device."""
-    return call(_forward_kernel, "layer_norm", (x, scale, bias), [(x.shape, x.dtype)], grid=(Rows(x.shape).tiles,),
+def forward(x: Float[Array, "r c"], vectors: Float[Array, "2 c"], epsilon: float) -> Float[Array, "r c"]:
+    """The kernel on one device. `vectors` are scale and bias."""
+    return call(_forward_kernel, "layer_norm", (x, vectors), [(x.shape, x.dtype)], grid=(Rows(x.shape).tiles,),
                 warps=_warps(x.shape[1]), epsilon=epsilon)[0]
 
 
 def backward(
-    x: Float[Array, "r c"], scale: Float[Array, "c"], d_out: Float[Array, "r c"], epsilon: float
+    x: Float[Array, "r c"], vectors: Float[Array, "2 c"], d_out: Float[Array, "r c"], epsilon: float
 ) -> tuple[Float[Array, "r c"], Float[Array, "2 c"]]:
     """Gradients of x, and of scale and bias, from that of the output, on one device."""
     programs = min(PROGRAMS, Rows(x.shape).tiles)
     d_x, sums = call(
-        _backward_kernel, "layer_norm_backward", (x, scale, d_out),
+        _backward_kernel, "layer_norm_backward", (x, vectors, d_out),
         [(x.shape, x.dtype), ((programs, 2, x.shape[1]), jnp.float32)], grid=(programs,), warps=_warps(x.shape[1]),
         epsilon=epsilon)
     return d_x, sums.sum(0)
 
 
-_forward = over_batch(forward, "b c, c, c -> b c", static=1)
-_backward = over_batch(backward, "b c, c, b c -> b c, two c", static=1)
+_forward = over_batch(forward, "b c, two c -> b c", static=1)
+_backward = over_batch(backward, "b c, two c, b c -> b c, two c", static=1)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _layer_norm(x, scale, bias, epsilon):
-    return _forward(x, scale, bias, epsilon)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _layer_norm(x, vectors, epsilon):
+    return _forward(x, vectors, epsilon)
 
 
-def _layer_norm_forward(x, scale, bias, epsilon):
-    return _forward(x, scale, bias, epsilon), (x, scale)
-
-
-def _layer_norm_backward(epsilon, residuals, d_out):
-    d_x, (d_scale, d_bias) = _backward(*residuals, d_out, epsilon)
-    return d_x, d_scale, d_bias
-
-
-_layer_norm.defvjp(_layer_norm_forward, _layer_norm_backward)
+_layer_norm.defvjp(
+    lambda x, vectors, epsilon: (_forward(x, vectors, epsilon), (x, vectors)),
+    lambda epsilon, residuals, d_out: _backward(*residuals, d_out, epsilon))

@@ -11,7 +11,7 @@ from flax.errors import ScopeParamNotFoundError, ScopeParamShapeError
 from flax.traverse_util import flatten_dict
 
 import fastervit_jax as fv
-from fastervit_jax.model.attention import MLP, LayerNorm, drop_path
+from fastervit_jax.model.attention import MLP, LayerNorm, drop_path, drop_paths
 from fastervit_jax.model.conv import BatchNorm, ConvBlock
 from fastervit_jax.model.hat import HATBlock, HATStage
 from tests import official
@@ -70,71 +70,72 @@ def test_batch_norm_needs_two_values(key):
         norm.apply(variables, x, True, mutable=["batch_stats"])
 
 
-class Dropped(nn.Module):
-    axes: int
-    rate: float = 0.25
+def test_drop_path_drops_whole_images_or_windows(key):
+    x = jax.random.normal(key, (3, 2, 5))
+    for kept in (jnp.asarray([0.0, 1.0, 4.0]), jnp.asarray([[0.0, 1.0], [2.0, 0.5], [0.0, 3.0]])):
+        wide = np.asarray(kept).reshape(3, -1, 1)
+        np.testing.assert_array_equal(drop_path(x, kept), x * wide)
+        low = drop_path(x.astype(jnp.bfloat16), kept / 3)  # rounded once
+        np.testing.assert_array_equal(low, (x.astype(jnp.bfloat16).astype("float32") * (wide / 3)).astype(jnp.bfloat16))
+    assert drop_path(x, None) is x
 
-    @nn.compact
-    def __call__(self, x, train):
-        return drop_path(self.rate, self.axes, train, x)
 
-
-@pytest.mark.parametrize(("axes", "units"), [(1, (400, 1, 1)), (2, (400, 6, 1))])
-def test_drop_path_drops_whole_images_or_windows(axes, units, key):
-    x = jnp.ones((400, 6, 5))
-    y = np.asarray(Dropped(axes).apply({}, x, True, rngs={"dropout": key}))
-    kept = y.max(axis=tuple(range(axes, 3)), keepdims=True)
-    assert kept.shape == units
-    np.testing.assert_array_equal(y, np.broadcast_to(kept, y.shape))
-    assert set(np.unique(kept)) == {0.0, np.float32(1 / 0.75)}
-    assert 0.15 < (kept == 0).mean() < 0.35
-    np.testing.assert_array_equal(Dropped(axes).apply({}, x, False), x)
+def test_drop_paths_are_drawn_one_by_one(key):
+    rates = (0.0, 0.25, 0.25, 0.75)
+    nothing, *kept = drop_paths(key, rates, (2, 400, 5))
+    assert nothing is None
+    for values, rate in zip(kept, rates[1:], strict=True):
+        assert set(np.unique(values)) == {0.0, np.float32(1 / (1 - rate))}
+        np.testing.assert_allclose((values == 0).mean(1), rate, atol=0.1)
+    one, another = ((values == 0).ravel() for values in kept[:2])
+    assert abs(np.corrcoef(one, another)[0, 1]) < 0.06
+    assert drop_paths(None, rates, (2, 400, 5)) == [None] * 4
+    assert drop_paths(key, (0.0, 0.0), (3,)) == [None] * 2
 
 
 def test_drop_path_in_a_block(key):
-    # Four images of 2 × 2 windows, every token alike. Carrier branches drop for images, the others for windows.
-    rate = 0.5
+    # Images of 2 × 2 windows, every token alike. Carrier branches drop for images, the others for windows.
     block = HATBlock(width=4, heads=2, window=2, ct_size=1, mlp_ratio=1.0, qkv_bias=True, layer_scale=None,
-                     propagate=False, drop_path_rate=rate, drop_rate=0.0, attn_drop_rate=0.0, dtype="float32")
-    tokens = jnp.ones((64, 4, 1 + 4, 4))
+                     propagate=False, drop_rate=0.0, attn_drop_rate=0.0, dtype="float32")
+    tokens = jnp.ones((8, 4, 1 + 4, 4))
     variables = block.init(key, tokens, 1, 2, 2, False)
+    kept = jax.random.uniform(key, (2, 8, 1 + 4))
 
-    def zero(*names):
-        """The block without what these layers add, so that only the other branches show."""
+    def only(branch):
+        """The block without what the other branches add; this one adds 1."""
         params = {**variables["params"]}
-        for name in names:
-            params[name] = {**params[name], "out": jax.tree.map(jnp.zeros_like, params[name]["out"])}
         for name in ("position", "carrier_position"):
             params[name] = jax.tree.map(jnp.zeros_like, params[name])
-        for name in set(params) & {"attention", "mlp", "carrier_attention", "carrier_mlp"} - set(names):
-            params[name]["out"] = {"kernel": jnp.zeros_like(params[name]["out"]["kernel"]), "bias": jnp.ones(4)}
+        for name in ("attention", "mlp", "carrier_attention", "carrier_mlp"):
+            kernel = jnp.zeros_like(params[name]["out"]["kernel"])
+            params[name] = {**params[name], "out": {"kernel": kernel, "bias": jnp.full(4, float(name == branch))}}
         return {"params": params}
 
-    branches = {"attention", "mlp", "carrier_attention", "carrier_mlp"}
-    for branch in sorted(branches):
-        out = block.apply(zero(*branches - {branch}), tokens, 1, 2, 2, True, rngs={"dropout": key})
-        carriers, out = out[:, :, :1], out[:, :, 1:]
-        added = np.asarray(carriers[:, :, 0, 0]) - 1  # 1 / rate where kept, 0 where dropped
-        assert set(np.unique(added)) == {0.0, 1 / rate}, branch
-        alike = (added == added[:, :1]).all()
-        assert alike == branch.startswith("carrier"), branch
-        if not alike:
-            np.testing.assert_array_equal(np.asarray(out) - 1, np.broadcast_to(added[:, :, None, None], out.shape))
+    for branch, windows, images in (
+        ("attention", kept[0, :, 1:], 0), ("mlp", kept[1, :, 1:], 0), ("carrier_attention", 0, kept[0, :, :1]),
+        ("carrier_mlp", 0, kept[1, :, :1]),
+    ):
+        added = np.asarray(block.apply(only(branch), tokens, 1, 2, 2, True, None, kept) - 1)
+        windows, images = np.broadcast_to(windows, (8, 4)), np.broadcast_to(images, (8, 4))
+        np.testing.assert_allclose(added[:, :, 1:], np.broadcast_to(windows[..., None, None], (8, 4, 4, 4)), atol=1e-6)
+        np.testing.assert_allclose(added[:, :, 0, 0], windows + images, atol=1e-6)
+    # Without carrier tokens, all factors are the windows'.
+    added = block.apply(only("mlp"), tokens[:, :, 1:], 0, 2, 2, True, None, kept[..., 1:]) - 1
+    np.testing.assert_allclose(added[:, :, 0, 0], kept[1, :, 1:], atol=1e-6)
 
 
 def test_drop_path_in_a_conv_block(key):
-    """The added branch of each image is nothing, or 1 / (1 - rate) times what it is without."""
+    """What is added of each image is `kept` times what it is without."""
     x = jax.random.normal(key, (16, 6, 6, 4))
-    block, quiet = (ConvBlock(4, None, rate, "float32", bn_group_size=4) for rate in (0.75, 0.0))
-    variables = quiet.init(key, x, False)
+    kept = 4.0 * jax.random.bernoulli(key, 0.25, (16,))
+    block = ConvBlock(4, None, "float32", bn_group_size=4)
+    variables = block.init(key, x, False)
 
-    def branch(block):
-        return np.asarray(block.apply(variables, x, True, rngs={"dropout": key}, mutable=["batch_stats"])[0] - x)
+    def branch(kept):
+        return np.asarray(block.apply(variables, x, True, kept, mutable=["batch_stats"])[0] - x)
 
-    added, whole = branch(block), branch(quiet)
-    kept = np.abs(added).max((1, 2, 3)) > 0
-    assert 0 < kept.sum() < 16
-    np.testing.assert_allclose(added, whole * (4 * kept)[:, None, None, None], rtol=1e-5, atol=1e-5)
+    assert 0 < (kept > 0).sum() < 16
+    np.testing.assert_allclose(branch(kept), branch(None) * kept[:, None, None, None], rtol=1e-5, atol=1e-5)
 
 
 def test_layer_scale_in_float16(key):

@@ -50,7 +50,7 @@ def test_carriers_attend_in_raster_order(key, monkeypatch):
     monkeypatch.setattr(hat.HATBlock, "norm", lambda self, name: lambda x: x)
     monkeypatch.setattr(hat, "AbsolutePosition", lambda width, name: lambda rows, cols: jnp.zeros((rows * cols, width)))
     block = hat.HATBlock(width=1, heads=1, window=3, ct_size=2, mlp_ratio=1.0, qkv_bias=True, layer_scale=None,
-                         propagate=False, drop_path_rate=0.0, drop_rate=0.0, attn_drop_rate=0.0, dtype="float32")
+                         propagate=False, drop_rate=0.0, attn_drop_rate=0.0, dtype="float32")
     x = jnp.full((1, 6, 9, 1), 100.0) + jnp.arange(6.0)[None, :, None, None]
     carriers = jnp.asarray(WINDOWS, jnp.float32)[None, :, :, None]
     tokens = jnp.concatenate([carriers, x], axis=2)
