@@ -145,9 +145,9 @@ class ConvBlock(nn.Module):
     def __call__(
         self, x: Float[Array, "b h w c"], train: bool, kept: Float[Array, "b"] | None = None
     ) -> Float[Array, "b h w c"]:
-        y = Conv3x3(self.width, self.dtype, channels=self.width, name="conv1")(x, train)
+        y = Conv3x3(self.width, self.dtype, kernels=self.kernels, channels=self.width, name="conv1")(x, train)
         y = BatchNorm(1e-5, self.dtype, self.bn_group_size, "gelu", self.width, self.kernels, name="norm1")(y, train)
-        y = Conv3x3(self.width, self.dtype, channels=self.width, name="conv2")(y, train)
+        y = Conv3x3(self.width, self.dtype, kernels=self.kernels, channels=self.width, name="conv2")(y, train)
         y = BatchNorm(1e-5, self.dtype, self.bn_group_size, "none", self.width, self.kernels, name="norm2")(
             y, train, kept)
         gamma = layer_scale(self, "gamma", self.layer_scale, self.width)

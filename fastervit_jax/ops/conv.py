@@ -20,14 +20,37 @@ def conv3x3(
     """3×3 convolution that pads one pixel on every side. `layout`: of the kernel's axes, HWIO or OHWI.
 
     `kernels`: one of `ops.kernels.KERNELS`. Strided convolutions of a few channels, so of images, have a form of their
-    own: see `space_to_depth`.
+    own: see `space_to_depth`. Those without stride have their input's gradient as a convolution like themselves.
     """
-    few = stride == 2 and groups == 1 and x.shape[-1] <= FEW_CHANNELS
-    if few and chosen(kernels, x.dtype, ""):
-        return space_to_depth(x, kernel if layout == "HWIO" else rearrange(kernel, "o h w i -> h w i o"))
+    if groups == 1 and chosen(kernels, x.dtype, ""):
+        if stride == 2 and x.shape[-1] <= FEW_CHANNELS:
+            return space_to_depth(x, kernel if layout == "HWIO" else rearrange(kernel, "o h w i -> h w i o"))
+        if stride == 1 and layout == "HWIO":
+            return _same(x, kernel)
+    return _convolve(x, kernel, stride, groups, layout)
+
+
+def _convolve(x: Array, kernel: Array, stride: int = 1, groups: int = 1, layout: str = "HWIO") -> Array:
     return jax.lax.conv_general_dilated(
         x, kernel, (stride, stride), ((1, 1), (1, 1)), dimension_numbers=("NHWC", layout, "NHWC"),
         feature_group_count=groups)
+
+
+@jax.custom_vjp
+def _same(x: Float[Array, "b h w i"], kernel: Float[Array, "3 3 i o"]) -> Float[Array, "b h w o"]:
+    return _convolve(x, kernel)
+
+
+def _same_backward(residuals: tuple[Array, Array], d_out: Array) -> tuple[Array, Array]:
+    x, kernel = residuals
+    d_kernel, = jax.linear_transpose(lambda kernel: _convolve(x, kernel), kernel)(d_out)
+    # Behind the barrier XLA does not find that this is a gradient: for those of some channel counts, cuDNN first sets
+    # memory to zero, which takes as long as they do.
+    turned = jax.lax.optimization_barrier(kernel[::-1, ::-1].swapaxes(2, 3))
+    return _convolve(d_out, turned), d_kernel
+
+
+_same.defvjp(lambda x, kernel: (_same(x, kernel), (x, kernel)), _same_backward)
 
 
 def space_to_depth(x: Float[Array, "b h w i"], kernel: Float[Array, "3 3 i o"]) -> Float[Array, "b high wide o"]:

@@ -18,7 +18,7 @@ MOST_CHANNELS = 8192
 """A row must fit into a program's registers."""
 SCALE, BIAS = 0, 1
 """Rows of the one array that kernels get them as: each array of its own would be one more copied out of others."""
-PROGRAMS = 1024
+PROGRAMS = 1056
 """At most so many share the rows: each adds up the gradients of scale and bias over its own."""
 
 

@@ -39,6 +39,24 @@ def test_space_to_depth_is_used():
         assert len(as_it_is(x, kernel).eqns) == 1
 
 
+@pytest.mark.parametrize("size", [(8, 8), (7, 3), (1, 1)], ids=str)
+def test_gradient_without_stride(key, size):
+    """As a convolution like the first, it has the values that JAX gives."""
+    x = jax.random.normal(key, (2, *size, 6))
+    kernel = jax.random.normal(jax.random.fold_in(key, 1), (3, 3, 6, 5))
+    d_out = jax.random.normal(jax.random.fold_in(key, 2), (2, *size, 5))
+
+    def ours(kernels):
+        out, gradients = jax.vjp(functools.partial(conv3x3, kernels=kernels), x, kernel)
+        return out, *gradients(d_out)
+
+    for found, expected in zip(ours("pallas"), ours("xla"), strict=True):
+        np.testing.assert_allclose(found, expected, atol=1e-4)
+    turned = str(jax.make_jaxpr(lambda: ours("pallas"))())
+    assert "optimization_barrier" in turned
+    assert "optimization_barrier" not in str(jax.make_jaxpr(lambda: ours("xla"))())
+
+
 @pytest.mark.parametrize("train", [False, True])
 def test_channels_filled_up(key, train):
     """Same output, statistics and gradients of the same parameters, with 12 channels and with 16."""
