@@ -140,6 +140,7 @@ def test_what_hopper_s_kernels_take(monkeypatch, rows, width, hidden, dtype, the
     """None: there is no such GPU."""
     monkeypatch.setattr(kernels, "on_gpu", lambda: True)
     monkeypatch.setattr(module, "on_hopper", lambda: there is not None)
+    jax.clear_caches()  # of what was traced for another GPU
     x, first = jnp.zeros((rows, width), dtype), (jnp.zeros((width, hidden)), jnp.zeros(hidden))
 
     def function(x):
