@@ -44,8 +44,8 @@ def _same(x: Float[Array, "b h w i"], kernel: Float[Array, "3 3 i o"]) -> Float[
 def _same_backward(residuals: tuple[Array, Array], d_out: Array) -> tuple[Array, Array]:
     x, kernel = residuals
     d_kernel, = jax.linear_transpose(lambda kernel: _convolve(x, kernel), kernel)(d_out)
-    # Behind the barrier XLA does not find that this is a gradient, and so has cuDNN add to it what comes past a residual
-    # block, which for gradients is a pass over the map of its own.
+    # Behind the barrier XLA does not find that this is a gradient, and so has cuDNN add to it what comes past the
+    # residual block, which for gradients is a pass over the map of its own.
     turned = jax.lax.optimization_barrier(kernel[::-1, ::-1].swapaxes(2, 3))
     return _convolve(d_out, turned), d_kernel
 
