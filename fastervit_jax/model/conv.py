@@ -125,7 +125,7 @@ class Stem(nn.Module):
     def __call__(self, x: Float[Array, "b h w i"], train: bool) -> Float[Array, "b (h+3)//4 (w+3)//4 c"]:
         x = Conv3x3(self.in_dim, self.dtype, stride=2, use_bias=False, kernels=self.kernels, name="conv1")(x)
         x = BatchNorm(1e-4, self.dtype, self.bn_group_size, "relu", kernels=self.kernels, name="norm1")(x, train)
-        x = Conv3x3(self.dim, self.dtype, stride=2, use_bias=False, name="conv2")(x)
+        x = Conv3x3(self.dim, self.dtype, stride=2, use_bias=False, kernels=self.kernels, name="conv2")(x)
         return BatchNorm(1e-4, self.dtype, self.bn_group_size, "relu", kernels=self.kernels, name="norm2")(x, train)
 
 
@@ -191,4 +191,4 @@ class Downsample(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b (h+1)//2 (w+1)//2 2*c"]:
         x = LayerNorm(1e-6, self.dtype, self.kernels, name="norm")(x)
-        return Conv3x3(2 * self.width, self.dtype, stride=2, use_bias=False, name="conv")(x)
+        return Conv3x3(2 * self.width, self.dtype, stride=2, use_bias=False, kernels=self.kernels, name="conv")(x)

@@ -96,10 +96,11 @@ class CarrierInit(nn.Module):
     window: int
     ct_size: int
     dtype: Any
+    kernels: str = "auto"
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b n k c"]:
-        x = Conv3x3(self.width, self.dtype, groups=self.width, name="conv")(x)
+        x = Conv3x3(self.width, self.dtype, groups=self.width, kernels=self.kernels, name="conv")(x)
         return partition(average_pool(x, self.window, self.ct_size), self.ct_size)
 
 
@@ -226,7 +227,7 @@ class HATStage(nn.Module):
 
         z, leading = partition(x, self.window), 0
         if self.hat and (rows * cols > 1 or self.is_initializing()):
-            init = CarrierInit(self.width, self.window, self.ct_size, self.dtype, name="carrier_init")
+            init = CarrierInit(self.width, self.window, self.ct_size, self.dtype, self.kernels, name="carrier_init")
             z, leading = jnp.concatenate([init(x), z], axis=2), self.ct_size**2
         terms = self.position_terms(rows, cols, leading)
         block = nn.remat(HATBlock, static_argnums=(2, 3, 4, 5)) if self.remat else HATBlock

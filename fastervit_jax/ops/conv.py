@@ -50,7 +50,7 @@ def _same_backward(residuals: tuple[Array, Array], d_out: Array) -> tuple[Array,
     return _convolve(d_out, turned), d_kernel
 
 
-_same.defvjp(lambda x, kernel: (_same(x, kernel), (x, kernel)), _same_backward)
+_same.defvjp(lambda x, kernel: (_convolve(x, kernel), (x, kernel)), _same_backward)
 
 
 def space_to_depth(x: Float[Array, "b h w i"], kernel: Float[Array, "3 3 i o"]) -> Float[Array, "b high wide o"]:

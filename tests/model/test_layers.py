@@ -12,7 +12,7 @@ from flax.traverse_util import flatten_dict
 
 import fastervit_jax as fv
 from fastervit_jax.model.attention import MLP, LayerNorm, drop_path, drop_paths
-from fastervit_jax.model.conv import BatchNorm, ConvBlock
+from fastervit_jax.model.conv import BatchNorm, ConvBlock, ConvStage
 from fastervit_jax.model.hat import HATBlock, HATStage
 from tests import official
 from tests.golden import cases
@@ -136,6 +136,47 @@ def test_drop_path_in_a_conv_block(key):
 
     assert 0 < (kept > 0).sum() < 16
     np.testing.assert_allclose(branch(kept), branch(None) * kept[:, None, None, None], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["conv", "windows", "carriers"])
+def test_each_block_of_a_stage_gets_its_own_factors(key, kind):
+    rates = 0.0, 0.25, 0.5
+    if kind == "conv":
+        stage = ConvStage(4, None, rates, "float32")
+        expected = (40,)
+    else:
+        stage = HATStage(
+            width=4, heads=2, window=2, ct_size=1, mlp_ratio=1.0, qkv_bias=True, layer_scale=None,
+            hat=kind == "carriers", do_propagation=False, drop_path_rates=rates, drop_rate=0.0, attn_drop_rate=0.0,
+            dtype="float32")
+        expected = 2, 40, 6 + (kind == "carriers")
+    x = jax.random.normal(key, (40, 4, 6, 4))
+    variables = stage.init(key, x, False)
+
+    def output(stage, key):
+        return stage.apply(variables, x, True, rngs={"dropout": key}, mutable=["batch_stats"])[0]
+
+    def factors(key):
+        seen = []
+
+        def record(next_function, args, kwargs, context):
+            if isinstance(context.module, ConvBlock | HATBlock) and context.method_name == "__call__":
+                seen.append(args[-1])
+            return next_function(*args, **kwargs)
+
+        with nn.intercept_methods(record):
+            output(stage, key)
+        return [None if kept is None else np.asarray(kept) for kept in seen]
+
+    nothing, *kept = factors(key)
+    assert nothing is None
+    for values, rate in zip(kept, rates[1:], strict=True):
+        assert values.shape == expected
+        assert set(np.unique(values)) == {0.0, np.float32(1 / (1 - rate))}
+    assert ((kept[0] == 0) != (kept[1] == 0)).any()
+    another = factors(jax.random.key(5))[1:]
+    assert all((one != other).any() for one, other in zip(kept, another, strict=True))
+    np.testing.assert_allclose(output(stage.clone(remat=True), key), output(stage, key), atol=1e-5)
 
 
 def test_layer_scale_in_float16(key):

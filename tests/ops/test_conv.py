@@ -1,4 +1,5 @@
-"""The strided convolution of images by space to depth, and channels filled up, against the plain forms."""
+"""The strided convolution of images by space to depth, gradients without stride, and channels filled up, against the
+plain forms."""
 
 import functools
 
