@@ -37,12 +37,13 @@ class LayerNorm(nn.Module):
 
 
 def drop_paths(
-    key: Array | None, rates: Sequence[float], shape: tuple[int, ...]
+    key: Array | None, rates: Sequence[float], shape: tuple[Any, ...]
 ) -> list[Float[Array, "..."] | None]:
     """What drop path multiplies the residual branches of a stage's blocks by: for each rate, an array of `shape`.
 
     Its values are, each for itself, 0 with that rate, and 1 / (1 - rate) else; None where the rate is 0, or `key` None.
-    They are drawn at once: for GPUs, a draw of its own for each branch is five kernels, which take longer than it does.
+    `shape` may be symbolic, as exports have it. They are drawn at once: a draw for each branch would be as many kernels
+    on a GPU, which take longer than what they compute.
     """
     if key is None or not any(rates):
         return [None] * len(rates)

@@ -232,7 +232,7 @@ class HATStage(nn.Module):
         terms = self.position_terms(rows, cols, leading)
         block = nn.remat(HATBlock, static_argnums=(2, 3, 4, 5)) if self.remat else HATBlock
         key = self.make_rng("dropout") if train and any(self.drop_path_rates) else None
-        branches = 2, x.shape[0], rows * cols + bool(leading)  # the batch may be symbolic
+        branches = 2, x.shape[0], rows * cols + bool(leading)
         for i, kept in enumerate(drop_paths(key, self.drop_path_rates, branches)):
             last = i == len(self.drop_path_rates) - 1
             z = block(
