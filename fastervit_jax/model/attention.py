@@ -45,7 +45,7 @@ def drop_paths(
     `shape` may be symbolic, as exports have it. They are drawn at once: a draw for each branch would be as many kernels
     on a GPU, which take longer than what they compute.
     """
-    if key is None or not any(rates):
+    if key is None:
         return [None] * len(rates)
     drawn = jax.random.uniform(key, (len(rates), *shape))
     return [jnp.where(x < rate, 0.0, 1 / (1 - rate)) if rate else None for x, rate in zip(drawn, rates, strict=True)]

@@ -98,7 +98,8 @@ def test_drop_path_in_a_block(key):
     block = HATBlock(width=4, heads=2, window=2, ct_size=1, mlp_ratio=1.0, qkv_bias=True, layer_scale=None,
                      propagate=False, drop_rate=0.0, attn_drop_rate=0.0, dtype="float32")
     tokens = jnp.ones((8, 4, 1 + 4, 4))
-    variables = block.init(key, tokens, 1, 2, 2, False)
+    variables = jax.jit(block.init, static_argnums=(2, 3, 4, 5))(key, tokens, 1, 2, 2, False)
+    apply = jax.jit(block.apply, static_argnums=(2, 3, 4, 5))
     kept = jax.random.uniform(key, (2, 8, 1 + 4))
 
     def only(branch):
@@ -115,12 +116,12 @@ def test_drop_path_in_a_block(key):
         ("attention", kept[0, :, 1:], 0), ("mlp", kept[1, :, 1:], 0), ("carrier_attention", 0, kept[0, :, :1]),
         ("carrier_mlp", 0, kept[1, :, :1]),
     ):
-        added = np.asarray(block.apply(only(branch), tokens, 1, 2, 2, True, None, kept) - 1)
+        added = np.asarray(apply(only(branch), tokens, 1, 2, 2, True, None, kept) - 1)
         windows, images = np.broadcast_to(windows, (8, 4)), np.broadcast_to(images, (8, 4))
         np.testing.assert_allclose(added[:, :, 1:], np.broadcast_to(windows[..., None, None], (8, 4, 4, 4)), atol=1e-6)
         np.testing.assert_allclose(added[:, :, 0, 0], windows + images, atol=1e-6)
     # Without carrier tokens, all factors are the windows'.
-    added = block.apply(only("mlp"), tokens[:, :, 1:], 0, 2, 2, True, None, kept[..., 1:]) - 1
+    added = apply(only("mlp"), tokens[:, :, 1:], 0, 2, 2, True, None, kept[..., 1:]) - 1
     np.testing.assert_allclose(added[:, :, 0, 0], kept[1, :, 1:], atol=1e-6)
 
 
@@ -151,12 +152,13 @@ def test_each_block_of_a_stage_gets_its_own_factors(key, kind):
             dtype="float32")
         expected = 2, 40, 6 + (kind == "carriers")
     x = jax.random.normal(key, (40, 4, 6, 4))
-    variables = stage.init(key, x, False)
+    variables = jax.jit(stage.init, static_argnums=2)(key, x, False)
 
     def output(stage, key):
         return stage.apply(variables, x, True, rngs={"dropout": key}, mutable=["batch_stats"])[0]
 
-    def factors(key):
+    @jax.jit
+    def with_factors(key):
         seen = []
 
         def record(next_function, args, kwargs, context):
@@ -165,18 +167,18 @@ def test_each_block_of_a_stage_gets_its_own_factors(key, kind):
             return next_function(*args, **kwargs)
 
         with nn.intercept_methods(record):
-            output(stage, key)
-        return [None if kept is None else np.asarray(kept) for kept in seen]
+            return output(stage, key), seen
 
-    nothing, *kept = factors(key)
+    out, (nothing, *kept) = with_factors(key)
     assert nothing is None
     for values, rate in zip(kept, rates[1:], strict=True):
         assert values.shape == expected
         assert set(np.unique(values)) == {0.0, np.float32(1 / (1 - rate))}
     assert ((kept[0] == 0) != (kept[1] == 0)).any()
-    another = factors(jax.random.key(5))[1:]
+    _, (_, *another) = with_factors(jax.random.key(5))
     assert all((one != other).any() for one, other in zip(kept, another, strict=True))
-    np.testing.assert_allclose(output(stage.clone(remat=True), key), output(stage, key), atol=1e-5)
+    again = jax.jit(functools.partial(output, stage.clone(remat=True)))(key)
+    np.testing.assert_allclose(again, out, atol=1e-5)
 
 
 def test_layer_scale_in_float16(key):
